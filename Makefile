@@ -1,3 +1,4 @@
+# make vignette  a tiny reasoning model aligned by eleven methods, with evidence: EXP_ID=name SEED=n choose another
 # make build   .venv with the pinned development environment (again: instant)
 # make test    the whole test suite
 # make check   what CI runs: format, lint, types, layers, docs, tests
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.built
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help build test check format lint types layers docs bench
+.PHONY: help build vignette test check format lint types layers docs bench
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -26,6 +27,14 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+# EXP_ID names one of experiments/*.toml, or any other name for the vignette's own experiment.
+EXP_ID ?= vignette
+CONFIG = $(if $(wildcard experiments/$(EXP_ID).toml),experiments/$(EXP_ID).toml,experiments/vignette.toml)
+
+vignette: build
+	$(VENV)/bin/bvpo run $(CONFIG) --name $(EXP_ID) $(if $(SEED),--seed $(SEED)) $(ARGS)
+	@$(PY) -c 'import os, sys, webbrowser; show = sys.platform == "darwin" or bool(os.environ.get("DISPLAY")); show and webbrowser.open("file://" + os.path.abspath("experiments/$(EXP_ID)/report.html"))'
 
 test: build
 	$(PY) -m pytest -q

@@ -1,12 +1,12 @@
 """The ``bvpo`` command: finds the verb's module, runs it, and turns what goes wrong into one line and an exit code.
 
 Exit codes: 0 done, 2 the user's mistake (one line, no traceback unless ``--debug``), 130 interrupted. Verbs load on
-use, so ``bvpo --help`` stays free of torch. A verb is a module with ``main(argv) -> int | None`` and one line in VERBS.
+use, so ``bvpo --help`` stays free of torch. A verb is a module with ``main(argv) -> int | None`` and one line in
+``bvpo.verbs.VERBS``.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import sys
@@ -14,18 +14,7 @@ from collections.abc import Sequence
 
 from bvpo import __version__
 from bvpo.strict import UserError, did_you_mean
-
-VERBS: dict[str, tuple[str, str]] = {
-    "prompts": ("bvpo.stages.prompts", "collect prompts, clean and decontaminate them, split them"),
-    "sample": ("bvpo.stages.sample", "draw responses to the prompts in both views"),
-    "score": ("bvpo.stages.score", "score the final answer of every sample"),
-    "pair": ("bvpo.stages.pair", "choose pairs from the scored samples: quads, and preference sets for TRL"),
-    "train": ("bvpo.stages.train", "align the model on quads: preference pairs of both views"),
-    "analyze": ("bvpo.stages.analyze", "measure how the two views differ: variances, lengths, likelihoods"),
-    "status": ("bvpo.stages.status", "show how far each stage of an experiment is"),
-    "inspect": ("bvpo.stages.inspect", "read prompts with their samples, scores and pairs"),
-}
-"""Verb -> (module, one line for ``--help``), in the order of the work."""
+from bvpo.verbs import VERBS, run_words
 
 
 def help_page() -> str:
@@ -68,7 +57,7 @@ def _run(words: list[str]) -> int:
     if verb not in VERBS:
         raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}")
     _log_to_stderr()
-    return importlib.import_module(VERBS[verb][0]).main(rest) or 0
+    return run_words(verb, rest)
 
 
 def _log_to_stderr() -> None:

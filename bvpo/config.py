@@ -14,13 +14,15 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from bvpo.overlay import Layer, build, parse_flags, place_of, read_toml
-from bvpo.strict import FieldError, show
-from bvpo.tomltext import dump_toml
+from bvpo.strict import FieldError, convert, did_you_mean, from_dict, show
+from bvpo.tomltext import UNSET, dump_toml
 
 __all__ = [
     "AlphaConfig",
     "AnchorConfig",
+    "BenchmarkConfig",
     "DataConfig",
+    "EvaluateConfig",
     "ExperimentConfig",
     "FunctionScorerConfig",
     "JudgeConfig",
@@ -30,9 +32,13 @@ __all__ = [
     "PairConfig",
     "PromptsConfig",
     "RewardModelConfig",
+    "RunConfig",
     "SampleConfig",
     "ScoreConfig",
+    "TinyConfig",
     "TrainConfig",
+    "TuneConfig",
+    "benchmarks_of",
     "dump_toml",
     "load_config",
     "validate",
@@ -63,7 +69,7 @@ class PromptsConfig:
 
     sources: tuple[str, ...] = ()
     """JSON-lines, JSON, CSV, Parquet or text files (one prompt per line), folders of datasets.save_to_disk, or Hub names.
-    A source may end in its own options: 'org/set?split=train_sft&column=prompt&id=prompt_id'."""
+    A source may end in its own options: 'org/set?split=train_sft&column=prompt&id=prompt_id&config=main'."""
     split: str = "train"
     """Split of sources that have splits."""
     column: str = "auto"
@@ -92,6 +98,8 @@ class PromptsConfig:
     """Share of prompts in the split 'validation', in [0, 1); chosen by content and seed, so adding prompts moves none."""
     test_fraction: float = 0.0
     """Share of prompts in the split 'test', in [0, 1)."""
+    count: int | None = None
+    """Keep only this many of the prompts that pass every check, >= 1, chosen by content and seed; none keeps all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +107,8 @@ class SampleConfig:
     """Sampling: which responses are drawn, with what engine, and which part of them by this process."""
 
     engine: str = "embedded"
-    """What generates: 'embedded' (transformers, in this process), 'openai' (compatible servers), 'vllm' (in process)."""
+    """What generates: 'embedded' (transformers, in this process), 'openai' (compatible servers), 'vllm' (in process), or
+    'ray' (one of these as actors on many machines)."""
     endpoints: tuple[str, ...] = ()
     """Addresses of the servers of engine 'openai', such as http://127.0.0.1:8000/v1; several share the work."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -140,6 +149,9 @@ class DataConfig:
     """JSON-lines file of held-out quads for evaluation during training."""
     eval_fraction: float = 0.0
     """Share of the quads held out for evaluation instead of a file, in [0, 1); chosen by seed, split by prompt."""
+    views: tuple[Literal["trace", "empty"], ...] = ("trace", "empty")
+    """Views that are trained on. With alpha 1 or 0 throughout the other view counts nothing and may be left out, which
+    saves its compute (and its metrics)."""
     limit: int | None = None
     """Use only the first quads, at least 1; none uses all."""
 
@@ -267,12 +279,15 @@ class LossConfig:
 class AlphaConfig:
     """The mixing weight: alpha * (trace view's loss) + (1 - alpha) * (empty view's loss)."""
 
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How alpha moves over the run: fixed, or from 'value' to 'end' along a line or half a cosine."""
+    schedule: Literal["constant", "linear", "cosine", "auto"] = "constant"
+    """How alpha moves over the run: fixed, from 'value' to 'end' along a line or half a cosine, or 'auto': estimated from
+    the gradients' noise near the reference, 'value' until then and beyond (docs/auto-alpha.md)."""
     value: float = 0.5
     """Alpha at the start, in [0, 1]: 1 trains on the trace view alone, 0 on the empty view alone."""
     end: float | None = None
-    """Alpha at the last step, in [0, 1]; required by 'linear' and 'cosine', refused by 'constant'."""
+    """Alpha at the last step, in [0, 1]; required by 'linear' and 'cosine', refused by 'constant' and 'auto'."""
+    every: int | None = None
+    """Optimizer steps between the looks of 'auto', >= 1; none takes train.telemetry_steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,12 +388,164 @@ class TrainConfig:
     """Trackers such as tensorboard or wandb; metrics.jsonl is always written."""
     head_chunk: int = 256
     """Tokens whose vocabulary scores exist at one time, >= 1: memory against speed, never the result."""
+    telemetry_steps: int = 25
+    """Optimizer steps between looks at the gradients' noise, >= 0, the first in step 1; 0 takes none. Never the result."""
     loss: LossConfig = field(default_factory=LossConfig)
     alpha: AlphaConfig = field(default_factory=AlphaConfig)
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     hf: dict[str, Any] = field(default_factory=dict)
     """Any other TrainingArguments field, by its own name, such as hf.torch_compile = true."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyConfig:
+    """The tiny reasoning model that `bvpo tiny` makes: a real Qwen2 trained from scratch on two tasks."""
+
+    tasks: tuple[Literal["add", "cups"], ...] = ("add", "cups")
+    """What its problems are: 'add' adds numbers modulo a number, 'cups' follows a ball under cups that swap places."""
+    modulus: int = 7
+    """Modulus of 'add', in [2, 1000]: larger is harder, and a guess is right less often."""
+    cups: int = 4
+    """Number of cups, in [2, 8]."""
+    chain_min: int = 2
+    """Fewest numbers of a sum, or swaps of the cups, >= 2."""
+    chain_max: int = 4
+    """Most numbers or swaps of the preference prompts, >= chain_min."""
+    sft_chain_max: int = 5
+    """Most numbers or swaps of the training examples, >= chain_min."""
+    benchmark_min: int = 4
+    """Fewest numbers or swaps of a benchmark problem, >= 2."""
+    benchmark_max: int = 5
+    """Most numbers or swaps of a benchmark problem, >= benchmark_min."""
+    filler: float = 0.5
+    """Probability of another filler word before a step of a trace, in [0, 0.9]."""
+    false_start: float = 0.15
+    """Probability that a step of a trace is begun with a wrong result and taken back, in [0, 1]."""
+    slip: float = 0.1
+    """Probability that a step of a trace ends in a wrong result that is not taken back, in [0, 0.5]: what alignment can
+    repair or make worse."""
+    recheck: float = 0.35
+    """Probability that a trace goes through all steps a second time, in [0, 1]."""
+    empty_fraction: float = 0.3
+    """Share of the training examples with an empty trace, in [0, 1]: what NoThinking is learned from."""
+    hidden: int = 64
+    """Width of the model, >= 8; a multiple of 2 * heads."""
+    layers: int = 2
+    """Layers, >= 1."""
+    heads: int = 4
+    """Attention heads, >= 1."""
+    mlp: int = 168
+    """Width of the feed-forward part, >= 8."""
+    steps: int = 2000
+    """Steps of supervised training, >= 1."""
+    batch_size: int = 16
+    """Examples of a step, >= 1."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of the supervised training, > 0; warm-up over a tenth of the steps, then a cosine."""
+    seed: int = 0
+    """Seed of weights, corpus, prompts and benchmark, in [0, 2**32)."""
+    num_prompts: int = 8000
+    """Preference prompts that are written, >= 1, all different."""
+    num_benchmark: int = 400
+    """Benchmark problems that are written, >= 1; neither the corpus nor the preference prompts hold any of them."""
+    threads: int = 1
+    """CPU threads of the training, >= 1; the weights depend on it in their last digits, so it is part of the cache's key."""
+    device: str = "cpu"
+    """Where the training runs: cpu, cuda or cuda:1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkConfig:
+    """One benchmark: a table [evaluate.benchmarks.NAME]."""
+
+    source: str
+    """Prompts: any source that prompts.sources takes, or 'split:NAME' for that split of the experiment's own prompts. The
+    field 'id' of a row names it, and its other fields (such as 'reference') are the metadata that functions may take."""
+    scorer: Literal["experiment", "function"] = "experiment"
+    """What gives the main metric: the scorer of [score], or a function of the benchmark's own."""
+    function: str = ""
+    """The function of scorer 'function': 'package.module:name' or 'folder/file.py:name', as in score.function.path."""
+    metric: str = "score"
+    """Name of the main metric, such as reward or accuracy."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """Further metrics, each a function: more.correct = 'package.module:name'."""
+    unclosed: dict[str, Any] = field(default_factory=dict)
+    """What a response without an answer (its trace never closed, or nothing follows it) counts in a metric: a number, or
+    'none' to leave it out and count it, such as unclosed.reward = -3.0. Unless set, it is left out of metrics of the
+    experiment's scorer, where no number is natural, and counts 0 in those of functions."""
+    num_samples: int | None = None
+    """Samples per prompt and mode, >= 1, instead of evaluate.num_samples."""
+    temperature: float | None = None
+    """Sampling temperature, >= 0, instead of evaluate.temperature."""
+    max_new_tokens: int | None = None
+    """Longest response in tokens, >= 1, instead of evaluate.max_new_tokens."""
+    limit: int | None = None
+    """Use only the first prompts, >= 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluation of a model on benchmarks in both modes: Thinking (trace view) and NoThinking (empty view)."""
+
+    model: str = ""
+    """Model to evaluate: empty takes the experiment's train/final, 'base' takes model.path, else a folder or Hub name."""
+    folder: str = "eval"
+    """Folder of the results inside the experiment's; another model needs another one, such as eval-base."""
+    modes: tuple[Literal["thinking", "nothinking"], ...] = ("thinking", "nothinking")
+    """Which modes are evaluated; one may be added later."""
+    num_samples: int = 1
+    """Samples per prompt and mode, >= 1: metrics are averages over them (avg@k), and 0/1 metrics get pass@k as well."""
+    temperature: float = 0.6
+    """Sampling temperature, >= 0."""
+    top_p: float = 1.0
+    """Share of the probability that nucleus sampling keeps, in (0, 1]; 1 keeps all."""
+    max_new_tokens: int = 8192
+    """Longest response in tokens, >= 1; a trace that is cut has no answer."""
+    benchmarks: dict[str, Any] = field(default_factory=dict)
+    """The benchmarks: a table [evaluate.benchmarks.NAME] for each; docs/evaluation.md lists its keys. Engine and scorer are
+    those of [sample] and [score]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneConfig:
+    """Tuning of a comparison (`bvpo run CONFIG --tune`): every method gets a grid, on seeds and prompts of its own."""
+
+    seeds: tuple[int, ...] = ()
+    """Seeds of the tuning runs, none of them in run.seeds."""
+    grid: dict[str, Any] = field(default_factory=dict)
+    """Settings and the values to try, every combination: grid."train.loss.beta" = [0.1, 0.5]. Settings joined by '+' take
+    the same value."""
+    grids: dict[str, Any] = field(default_factory=dict)
+    """A grid for one method instead, by its name, such as grids.simpo."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings that only the tuning runs have, such as settings.prompts.sources for prompts of their own."""
+    objective: tuple[str, ...] = ()
+    """What is made large: 'benchmark/mode/metric', such as chat/thinking/reward; several are averaged."""
+    same: dict[str, Any] = field(default_factory=dict)
+    """Methods that take another's tuned values instead of a grid, such as same.dpo-tokens = 'dpo'."""
+    file: str = ""
+    """TOML file of the tuned values: written by --tune with its log beside it, read by every run. Empty reads none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """`bvpo run`: which stages one command runs, and the comparison of several methods over several seeds."""
+
+    stages: tuple[str, ...] = ("prompts", "sample", "score", "pair", "train", "evaluate")
+    """Verbs of the chain, in their order; each is skipped when it is finished."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of a comparison: each has its own prompts, samples, pairs and runs. Empty takes num_seeds of them."""
+    num_seeds: int = 1
+    """Number of seeds, >= 1, counted up from the experiment's own; read when seeds is empty."""
+    methods: dict[str, Any] = field(default_factory=dict)
+    """Methods to compare: a partial config for each, such as methods.dpo.train.alpha.value = 1.0. The chain up to pairing
+    runs once per seed, training and evaluation once per seed and method. Empty runs the chain once."""
+    baseline: str = ""
+    """The method that the others are compared with, prompt by prompt; empty takes the first that is trained."""
+    workers: int | None = None
+    """Processes that work at the same time, >= 1; none takes one per CPU core, or one where there is a GPU."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -398,6 +565,9 @@ class ExperimentConfig:
     pair: PairConfig = field(default_factory=PairConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tiny: TinyConfig = field(default_factory=TinyConfig)
+    run: RunConfig = field(default_factory=RunConfig)
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -454,6 +624,7 @@ RANGES: dict[type, dict[str, Check]] = {
         "ngram_words": _at_least(2),
         "validation_fraction": _below(0, 1),
         "test_fraction": _below(0, 1),
+        "count": _at_least(1),
     },
     SampleConfig: {
         "engine": _FILLED,
@@ -468,6 +639,7 @@ RANGES: dict[type, dict[str, Check]] = {
         "shard": ((lambda v: not v or _is_shard(v)), "a part such as 0/4, from 0/4 to 3/4"),
     },
     DataConfig: {
+        "views": ((lambda v: bool(v) and len(set(v)) == len(v)), "one or both of trace and empty, each once"),
         "trace_split": _FILLED,
         "empty_split": _FILLED,
         "eval_fraction": _below(0, 1),
@@ -505,7 +677,7 @@ RANGES: dict[type, dict[str, Check]] = {
         "gamma": _at_least(0),
         "length_weight": _at_least(0),
     },
-    AlphaConfig: {"value": _between(0, 1), "end": _between(0, 1)},
+    AlphaConfig: {"value": _between(0, 1), "end": _between(0, 1), "every": _at_least(1)},
     AnchorConfig: {"weight": _at_least(0)},
     LoraSettings: {
         "rank": _at_least(1),
@@ -534,6 +706,20 @@ RANGES: dict[type, dict[str, Check]] = {
         "save_total_limit": _at_least(1),
         "report_to": ((lambda v: all(v)), "names of trackers"),
         "head_chunk": _at_least(1),
+        "telemetry_steps": _at_least(0),
+    },
+    EvaluateConfig: {
+        "folder": _NAME,
+        "modes": ((lambda v: bool(v) and len(set(v)) == len(v)), "one or both of thinking and nothinking, each once"),
+        "num_samples": _at_least(1),
+        "temperature": _at_least(0),
+        "top_p": ((lambda v: 0 < v <= 1), "a number above 0, up to 1"),
+        "max_new_tokens": _at_least(1),
+    },
+    RunConfig: {
+        "stages": ((lambda v: bool(v) and all(v)), "names of verbs"),
+        "num_seeds": _at_least(1),
+        "workers": _at_least(1),
     },
 }
 """What a set value must fulfil beyond its type; ``None`` (not set) always passes. One entry per section class."""
@@ -572,13 +758,15 @@ def _validate_together(config: Any, prefix: str) -> None:
 
 def _contradictions(config: Any) -> list[tuple[str, str]]:
     """(field, problem) pairs of one section; a setting that nothing would read counts as a contradiction."""
-    found: list[tuple[str, str]] = []
+    own = _SECTION_CHECKS.get(type(config))
+    found = own(config) if own else []
     match config:
-        case AlphaConfig(schedule="constant", end=end) if end is not None:
-            found.append(
-                ("end", f"got {show(end)}, but schedule 'constant' never reads it; set schedule or leave it out")
-            )
-        case AlphaConfig(schedule=schedule, end=None) if schedule != "constant":
+        case AlphaConfig(schedule="constant" | "auto" as schedule, end=end) if end is not None:
+            problem = f"got {show(end)}, but schedule {schedule!r} never reads it; set schedule or leave it out"
+            found.append(("end", problem))
+        case AlphaConfig(schedule=schedule, every=every) if every is not None and schedule != "auto":
+            found.append(("every", f"got {show(every)}, but schedule {schedule!r} never reads it; set it to 'auto'"))
+        case AlphaConfig(schedule="linear" | "cosine" as schedule, end=None):
             found.append(("end", f"not set, but schedule {schedule!r} needs the final alpha"))
         case AnchorConfig(kind="none", weight=weight) if weight > 0:
             found.append(("weight", f"got {show(weight)}, but kind 'none' never reads it; set kind to 'nll' or 'kl'"))
@@ -589,18 +777,6 @@ def _contradictions(config: Any) -> list[tuple[str, str]]:
         case PromptsConfig(validation_fraction=validation, test_fraction=test) if validation + test >= 1:
             problem = f"got {show(test)}, which with validation_fraction leaves nothing to train on"
             found.append(("test_fraction", problem))
-        case SampleConfig():
-            found += _sample_contradictions(config)
-        case DataConfig():
-            found += _data_contradictions(config)
-        case ScoreConfig():
-            found += _score_contradictions(config)
-        case JudgeConfig():
-            found += _judge_contradictions(config)
-        case PairConfig():
-            found += _pair_contradictions(config)
-        case TrainConfig():
-            found += _train_contradictions(config)
         case ExperimentConfig():
             held_out = bool(config.data.eval_quads) or config.data.eval_fraction > 0
             if config.train.eval != "no" and not held_out:
@@ -608,7 +784,18 @@ def _contradictions(config: Any) -> list[tuple[str, str]]:
                     f"got {config.train.eval!r}, but no quads are held out; set data.eval_quads or data.eval_fraction"
                 )
                 found.append(("train.eval", problem))
+            found += _view_contradictions(config)
     return found
+
+
+def _view_contradictions(config: ExperimentConfig) -> list[tuple[str, str]]:
+    """One view alone needs all the weight: alpha 1 or 0 throughout."""
+    alpha, views = config.train.alpha, config.data.views
+    needed = 1.0 if views == ("trace",) else 0.0
+    if len(views) == 2 or (alpha.schedule == "constant" and alpha.value == needed):
+        return []
+    problem = f"got only {views[0]!r}, which needs train.alpha.value = {needed:g} and its schedule 'constant'"
+    return [("data.views", problem)]
 
 
 _ENGINE_OPTIONS_FROM_ELSEWHERE = {
@@ -691,6 +878,8 @@ def _judge_contradictions(judge: JudgeConfig) -> list[tuple[str, str]]:
 
 def _train_contradictions(train: TrainConfig) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
+    if train.alpha.schedule == "auto" and not (train.alpha.every or train.telemetry_steps):
+        found.append(("telemetry_steps", "got 0, but alpha.schedule 'auto' needs looks; set it, or alpha.every"))
     if train.reference == "adapter" and not train.lora.enabled:
         found.append(("reference", "got 'adapter', but lora.enabled is false: there is no adapter to turn off"))
     own = {f.name for f in fields(TrainConfig)}
@@ -700,3 +889,76 @@ def _train_contradictions(train: TrainConfig) -> list[tuple[str, str]]:
         elif value is None:
             found.append((f"hf.{key}", "got null, which TOML cannot hold; leave the entry out"))
     return found
+
+
+_BENCHMARK_RANGES: dict[str, Check] = {
+    "source": _FILLED,
+    "metric": _FILLED,
+    "num_samples": _at_least(1),
+    "temperature": _at_least(0),
+    "max_new_tokens": _at_least(1),
+    "limit": _at_least(1),
+}
+
+
+def benchmarks_of(evaluate: EvaluateConfig) -> dict[str, BenchmarkConfig]:
+    """Name -> benchmark, of a config that was checked."""
+    return {name: from_dict(BenchmarkConfig, table) for name, table in evaluate.benchmarks.items()}
+
+
+def _evaluate_contradictions(evaluate: EvaluateConfig) -> list[tuple[str, str]]:
+    """Free tables in the eyes of the overlay, so types and ranges of benchmarks are checked here."""
+    found: list[tuple[str, str]] = []
+    if evaluate.folder in _EXPERIMENT_FOLDERS:
+        found.append(("folder", f"got {evaluate.folder!r}, which holds something else; choose another name"))
+    for name, table in evaluate.benchmarks.items():
+        where = f"benchmarks.{name}"
+        if not _NAME[0](name):
+            found.append((where, f"expected {_NAME[1]} as the name of a benchmark"))
+            continue
+        try:
+            benchmark = convert(BenchmarkConfig, table)
+        except FieldError as error:
+            problem = error.problem.removeprefix(f"field {error.field!r}: ")
+            found.append((f"{where}.{error.field}".rstrip("."), problem))
+            continue
+        for key, (passes, expected) in _BENCHMARK_RANGES.items():
+            value = getattr(benchmark, key)
+            if value is not None and not passes(value):
+                found.append((f"{where}.{key}", f"got {show(value)}, expected {expected}"))
+        found += [(f"{where}.{key}", problem) for key, problem in _benchmark_contradictions(benchmark)]
+    return found
+
+
+_EXPERIMENT_FOLDERS = ("samples", "scores", "judge", "train", "preferences")
+
+
+def _benchmark_contradictions(benchmark: BenchmarkConfig) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    if benchmark.scorer == "function" and not benchmark.function:
+        found.append(("function", "not set, but scorer 'function' needs it"))
+    if benchmark.scorer != "function" and benchmark.function:
+        found.append(("function", f"set, but scorer {benchmark.scorer!r} never reads it; set scorer to 'function'"))
+    for metric, path in benchmark.more.items():
+        if metric == benchmark.metric:
+            found.append((f"more.{metric}", "has the name of the main metric; choose another"))
+        elif not isinstance(path, str) or ":" not in path:
+            found.append((f"more.{metric}", f"got {show(path)}, expected 'package.module:name' or 'file.py:name'"))
+    metrics = (benchmark.metric, *benchmark.more)
+    for metric, value in benchmark.unclosed.items():
+        if metric not in metrics:
+            found.append((f"unclosed.{metric}", f"is no metric of this benchmark{did_you_mean(metric, metrics)}"))
+        elif value != UNSET and (isinstance(value, bool) or not isinstance(value, int | float)):
+            found.append((f"unclosed.{metric}", f"got {show(value)}, expected a number or {UNSET!r}"))
+    return found
+
+
+_SECTION_CHECKS: dict[type, Callable[[Any], list[tuple[str, str]]]] = {
+    SampleConfig: _sample_contradictions,
+    DataConfig: _data_contradictions,
+    ScoreConfig: _score_contradictions,
+    JudgeConfig: _judge_contradictions,
+    PairConfig: _pair_contradictions,
+    TrainConfig: _train_contradictions,
+    EvaluateConfig: _evaluate_contradictions,
+}

@@ -15,16 +15,23 @@ from bvpo.config import load_config
 from bvpo.strict import UserError
 
 
-class LookParser(argparse.ArgumentParser):
+class PlainParser(argparse.ArgumentParser):
     """``argparse`` with our manners: errors are one line, abbreviations are refused."""
 
     def __init__(self, verb: str, about: str) -> None:
         super().__init__(prog=f"bvpo {verb}", description=about, allow_abbrev=False)
-        self.add_argument("experiment", metavar="EXPERIMENT", help="the experiment's folder, or its config file")
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+class LookParser(PlainParser):
+    """The same for verbs that look at an experiment."""
+
+    def __init__(self, verb: str, about: str) -> None:
+        super().__init__(verb, about)
+        self.add_argument("experiment", metavar="EXPERIMENT", help="the experiment's folder, or its config file")
 
 
 def parse_look(parser: LookParser, argv: Sequence[str]) -> tuple[Path, argparse.Namespace]:

@@ -61,19 +61,8 @@ def is_optional(tp: Any) -> bool:
 
 def read_toml(cls: type, path: str | os.PathLike[str]) -> Layer:
     """The settings of one TOML file, every key and type checked against ``cls``."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        message = str(error).replace("(at end of document)", f"(at line {len(text.splitlines())}, column 0)")
-        line = re.search(r" \(at line (\d+), column \d+\)$", message)
-        where, problem = (f"{path}:{line[1]}", message[: line.start()]) if line else (str(path), message)
-        raise UserError(f"{where}: not valid TOML: {problem}") from None
+    text = _read_text(path)
+    table = _parse_toml(path, text)
     layer = Layer(values=table, source=str(path), lines=key_lines(text))
     try:
         values = _check(cls, table, "")
@@ -87,6 +76,34 @@ def read_toml(cls: type, path: str | os.PathLike[str]) -> Layer:
             layer.where(error.field), error.field, error.problem.replace(" or null", " or 'none'")
         ) from None
     return Layer(values=values, source=layer.source, lines=layer.lines)
+
+
+def read_tables(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """A TOML file that holds tables of settings by some name, unchecked but for its form."""
+    tables = _parse_toml(path, _read_text(path))
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise UserError(f"{path}: {name!r}: got {show(table)}, expected a table")
+    return tables
+
+
+def _read_text(path: str | os.PathLike[str]) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _parse_toml(path: str | os.PathLike[str], text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        message = str(error).replace("(at end of document)", f"(at line {len(text.splitlines())}, column 0)")
+        line = re.search(r" \(at line (\d+), column \d+\)$", message)
+        where, problem = (f"{path}:{line[1]}", message[: line.start()]) if line else (str(path), message)
+        raise UserError(f"{where}: not valid TOML: {problem}") from None
 
 
 class _Unknown(FieldError):
@@ -111,6 +128,16 @@ def _check(cls: type, table: Any, prefix: str) -> dict[str, Any]:
         else:
             out[key] = convert(tp, value, "", field)
     return out
+
+
+def checked_table(cls: type, table: Any) -> dict[str, Any]:
+    """A partial table of settings, every key and type checked like a file's; errors are :class:`FieldError`."""
+    try:
+        return _check(cls, table, "")
+    except _Unknown as error:
+        nearest = nearest_setting(cls, error.field)
+        hint = f"; did you mean {nearest!r}?" if nearest else ""
+        raise FieldError("", error.field, f"unknown field {error.field!r}{hint}") from None
 
 
 def parse_flags(cls: type, argv: Sequence[str]) -> Layer:

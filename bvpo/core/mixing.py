@@ -23,7 +23,7 @@ from bvpo.strict import UserError, did_you_mean
 class AlphaSource(Protocol):
     """Where the trainer gets alpha from: a schedule, or an online estimate.
 
-    The trainer asks for ``value`` before each optimizer step and hands the numbers of each log entry to ``observe``.
+    The trainer asks for ``value`` before each optimizer step and hands what a look at the gradients found to ``observe``.
     """
 
     def value(self, progress: float) -> float:
@@ -31,7 +31,7 @@ class AlphaSource(Protocol):
         ...
 
     def observe(self, ingredients: Mapping[str, float]) -> None:
-        """Take note of the numbers of one log entry, by the names that docs/training.md lists."""
+        """Take note of one look at the gradients: the ``noise/`` numbers, by the names that docs/training.md lists."""
         ...
 
 
@@ -72,6 +72,8 @@ def alpha_at(config: AlphaConfig, progress: float) -> float:
 
 def check_alpha(config: AlphaConfig) -> None:
     """Refuse an unknown schedule, a weight outside [0, 1], and an ``end`` that the schedule lacks or would not read."""
+    if config.schedule == "auto":
+        raise UserError("field 'alpha.schedule': 'auto' is estimated during training and has no value in advance")
     if config.schedule not in _SCHEDULES:
         raise UserError(f"field 'alpha.schedule': no {config.schedule!r}{did_you_mean(config.schedule, _SCHEDULES)}")
     validate(config)

@@ -123,6 +123,7 @@ ENGINES: dict[str, str] = {
     "embedded": "bvpo.engines.embedded:create",
     "openai": "bvpo.engines.openai:create",
     "vllm": "bvpo.engines.vllm:create",
+    "ray": "bvpo.engines.ray:create",
 }
 
 

@@ -47,11 +47,13 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """One line of a :func:`curve_chart`."""
+    """One line of a :func:`curve_chart`; ``low`` and ``high`` are drawn as bars at every point."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
 
 
 def dot_chart(
@@ -84,8 +86,10 @@ def curve_chart(curves: Sequence[Curve], *, x_label: str, y_label: str, log: boo
         for number, curve in enumerate(curves):
             axes.plot(
                 curve.x, curve.y, color=COLORS[number % len(COLORS)], linestyle=_LINES[number % len(_LINES)],
-                linewidth=2, label=curve.label,
+                linewidth=2, label=curve.label, marker=_MARKERS[number % len(_MARKERS)] if curve.low else None,
             )  # fmt: skip
+            if curve.low is not None and curve.high is not None:
+                axes.vlines(curve.x, curve.low, curve.high, color=COLORS[number % len(COLORS)], linewidth=1.5)
         if log:
             axes.set_xscale("log")
             _plain_log_ticks(axes, [x for curve in curves for x in curve.x])

@@ -21,7 +21,7 @@ from bvpo.config import load_config
 from bvpo.core.formats import ReasoningFormat, answer_offset, resolve_format
 from bvpo.core.stats import Interval
 from bvpo.core.viewstats import Columns, Comparison, Measures, Settings, compare_views
-from bvpo.look import LookParser, parse_look, whole_number
+from bvpo.look import LookParser, PlainParser, parse_look, whole_number
 from bvpo.records import VIEWS, Prompt, Sample, View
 from bvpo.report.charts import Chart, Curve, Point, curve_chart, dot_chart
 from bvpo.report.pages import render_page
@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 ABOUT = (
     "Measure how the two views differ: variances, lengths, likelihoods, with intervals. Writes analysis.json and .html."
+)
+GRADIENTS = (
+    "Measure the noise of both views' gradients of a model on a sample of quads, with intervals, and say whether mixing the "
+    "views would help it and with which alpha. Writes nothing."
 )
 PAPER = {
     "var_logp_within": "up to 10.17",
@@ -53,7 +57,14 @@ _CURVE_POINTS = 160
 
 
 def main(argv: Sequence[str]) -> int | None:
+    if "--gradients" in argv:
+        return _gradients([word for word in argv if word != "--gradients"])
     parser = LookParser("analyze", ABOUT)
+    parser.add_argument(
+        "--gradients",
+        action="store_true",
+        help="instead: would mixing the views help a model? 'bvpo analyze --gradients MODEL QUADS'; --help with it says more",
+    )
     count = whole_number(1)
     parser.add_argument(
         "--limit", type=count, metavar="N", help="look at the first N prompts only; then nothing is written"
@@ -70,6 +81,37 @@ def main(argv: Sequence[str]) -> int | None:
         write(folder, analysis)
         logger.info("written to %s and analysis.html", folder / "analysis.json")
     return None
+
+
+def _gradients(argv: Sequence[str]) -> None:
+    """``bvpo analyze --gradients MODEL QUADS``; everything heavy is imported here."""
+    count = whole_number(1)
+    parser = PlainParser("analyze --gradients", GRADIENTS)
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub name of the model")
+    parser.add_argument("quads", metavar="QUADS", help="quads file, such as an experiment's quads.jsonl")
+    parser.add_argument("--reference", metavar="MODEL", help="the model before training (default: MODEL itself)")
+    parser.add_argument("--limit", type=count, default=256, metavar="N", help="quads to look at (default 256)")
+    parser.add_argument("--beta", type=_positive, default=0.1, metavar="B", help="beta of the DPO loss (default 0.1)")
+    parser.add_argument("--batch", type=count, default=128, metavar="N", help="quads per optimizer step (default 128)")
+    parser.add_argument("--format", default="auto", metavar="NAME", help="reasoning format (default auto)")
+    parser.add_argument("--max-length", type=count, default=4096, metavar="N", help="longest response (default 4096)")
+    parser.add_argument("--resamples", type=count, default=2000, metavar="N", help="bootstrap resamples (default 2000)")
+    parser.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="which quads (default 0)")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    options = vars(parser.parse_args(argv))
+    from bvpo.training.gradient_analysis import Request, report
+
+    as_json, _ = options.pop("json"), options.pop("debug")
+    found = report(Request(num_resamples=options.pop("resamples"), **options), show_progress=sys.stderr.isatty())
+    text = json.dumps(found.to_dict(), indent=1, allow_nan=False) if as_json else "\n".join(found.lines())
+    sys.stdout.write(text + "\n")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
 
 
 @dataclass(slots=True, kw_only=True)

@@ -24,11 +24,12 @@ from bvpo.core.cleaning import (
     contamination_drops,
     exact_duplicate_drops,
     near_duplicate_drops,
+    normal_conversation,
     parse_messages,
     prompt_id,
     structural_problem,
 )
-from bvpo.core.keys import content_hash
+from bvpo.core.keys import content_hash, hash_int
 from bvpo.records import Message, Prompt
 from bvpo.store import begin_stage, check_stage, finish_stage, forget_stage, write_atomically
 from bvpo.store.disk import disk_errors, make_folder
@@ -103,9 +104,10 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
     if _has_samples(folder):
         check_stage(folder, "prompts", **identity)
     cleaned = clean(settings, sources, benchmarks, _token_counter(config) if settings.max_tokens else None)
-    prompts = list(_prompts(cleaned.candidates, config))
+    prompts = list(_prompts(choose(cleaned.candidates, settings.count, config.seed), config))
     kept = prompts if options.limit is None else prompts[: options.limit]
-    counts = _counts(kept, cleaned.dropped, num_cut=len(prompts) - len(kept))
+    num_clean = len(cleaned.candidates)
+    counts = _counts(kept, cleaned.dropped, num_left_out=num_clean - len(prompts), num_cut=len(prompts) - len(kept))
     _say(counts, cleaned.dropped, benchmarks)
     if not kept:
         raise UserError(f"prompts: none of the {counts['read']:,} prompts is left; the counts above say why")
@@ -152,6 +154,15 @@ def clean(
             lambda conversations, ids: contamination_drops(conversations, texts, places, ngram=settings.ngram_words)
         )
     return state
+
+
+def choose(candidates: Sequence[Candidate], count: int | None, seed: int) -> list[Candidate]:
+    """``count`` of them by the hash of content and seed, in their own order; a larger count keeps the earlier choice."""
+    if count is None or count >= len(candidates):
+        return list(candidates)
+    places = [hash_int(normal_conversation(c.messages), f"bvpo-choice-{seed}") for c in candidates]
+    chosen = sorted(range(len(candidates)), key=places.__getitem__)[:count]
+    return [candidates[index] for index in sorted(chosen)]
 
 
 def _default_source(settings: PromptsConfig) -> Source:
@@ -259,11 +270,14 @@ def _has_samples(folder: Path) -> bool:
     return samples.is_dir() and any(samples.iterdir())
 
 
-def _counts(kept: Sequence[Prompt], dropped: Sequence[DroppedPrompt], num_cut: int) -> dict[str, Any]:
+def _counts(
+    kept: Sequence[Prompt], dropped: Sequence[DroppedPrompt], *, num_left_out: int, num_cut: int
+) -> dict[str, Any]:
     reasons = Counter(drop.reason for drop in dropped)
     return {
-        "read": len(kept) + len(dropped) + num_cut,
+        "read": len(kept) + len(dropped) + num_left_out + num_cut,
         "kept": len(kept),
+        "not_chosen": num_left_out,
         "cut_by_limit": num_cut,
         "splits": dict(sorted(Counter(prompt.split for prompt in kept).items())),
         "dropped": {reason: reasons[reason] for reason in REASONS if reasons[reason]},
@@ -275,6 +289,8 @@ def _say(counts: dict[str, Any], dropped: Sequence[DroppedPrompt], benchmarks: S
     logger.info("prompts: %s read, %s kept (%s)", f"{counts['read']:,}", f"{counts['kept']:,}", splits or "none")
     for reason, num in counts["dropped"].items():
         logger.info("  %8s dropped as %s: %s", f"{num:,}", reason, REASONS[reason])
+    if counts["not_chosen"]:
+        logger.info("  %8s not chosen: prompts.count keeps fewer", f"{counts['not_chosen']:,}")
     if counts["cut_by_limit"]:
         logger.info("  %8s left out by --limit", f"{counts['cut_by_limit']:,}")
     matches = [drop.detail for drop in dropped if drop.reason == "contaminated"]

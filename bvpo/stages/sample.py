@@ -201,6 +201,7 @@ def _identity(
     settings = to_dict(config.sample)
     for name in ("shard", "endpoints", "options"):
         del settings[name]
+    settings["engine"] = engine["engine"]  # Ray is a way to run an engine, not another one
     facts = {name: getattr(fmt, name) for name in fmt.__slots__ if name not in ("models", "verified", "lead", "detect")}
     with open(folder / "prompts.jsonl", "rb") as stream:
         prompts = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bvpo.core.evaluation import MODES
 from bvpo.core.overview import last_scores
 from bvpo.core.scores import NO_ANSWER, score_key, scorer_id
 from bvpo.look import LookParser, parse_look
@@ -210,13 +211,34 @@ def _planned_steps(output: Path) -> int | None:
 
 
 def evaluate_status(folder: Path, manifest: Manifest) -> StageStatus:
-    runs = [path for path in sorted((folder / "eval").glob("*/*")) if path.is_dir()]
-    runs = runs or [path for path in sorted((folder / "eval").glob("*")) if path.is_dir()]
-    if not runs:
+    """Counts results, one per benchmark and mode; each benchmark is an experiment folder with a status of its own."""
+    entry = manifest.stage("evaluate")
+    benchmarks = sorted(path.parent for path in (folder / "eval").glob("*/prompts.jsonl"))
+    if entry is None and not benchmarks:
         return StageStatus(stage="evaluate")
-    done = sum((path / "result.json").is_file() for path in runs)
-    state = FINISHED if done == len(runs) else UNFINISHED
-    return StageStatus(stage="evaluate", state=state, unit="runs", done=done, left=len(runs) - done)
+    finished = entry is not None and entry.finished is not None
+    done = sum((place / f"{mode}.json").is_file() for place in benchmarks for mode in MODES)
+    planned = None if entry is None else entry.config.get("evaluate", {})
+    asked = len(planned.get("benchmarks", ())) * len(planned.get("modes", ())) if planned else None
+    notes = []
+    train = manifest.stage("train")
+    if (
+        finished
+        and entry is not None
+        and train is not None
+        and (train.finished or train.started) > (entry.finished or "")
+    ):
+        notes.append("older than the model: evaluate again")
+    if not finished and benchmarks:
+        notes.append("bvpo status of " + ", ".join(str(place) for place in benchmarks) + " tells more")
+    return StageStatus(
+        stage="evaluate",
+        state=FINISHED if finished else UNFINISHED,
+        unit="results",
+        done=done,
+        left=0 if finished else None if asked is None else max(0, asked - done),
+        notes=tuple(notes),
+    )
 
 
 def analyze_status(folder: Path, manifest: Manifest) -> StageStatus:

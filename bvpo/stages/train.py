@@ -18,6 +18,7 @@ from typing import Any
 
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
+from bvpo.records import VIEWS
 from bvpo.store.disk import write_atomically
 from bvpo.store.manifest import begin_stage, finish_stage, forget_stage
 from bvpo.strict import UserError
@@ -179,6 +180,9 @@ def _say(config: ExperimentConfig, args: Any, estimate: Any, train_tokens: Any, 
     )  # fmt: skip
     for line in estimate.lines():
         logger.info("%s", line)
+    if args.alpha_schedule == "constant" and args.alpha in (0, 1) and len(config.data.views) == 2:
+        view = VIEWS[0] if args.alpha == 1 else VIEWS[1]
+        logger.info("note         the other view has no weight; data.views = [%r] saves its compute", view)
     for name, tokens in (("train", train_tokens), ("eval", eval_tokens)):
         if tokens is not None:
             views = tokens.has_view.sum(axis=0)
@@ -193,6 +197,8 @@ def _finish(trainer: Any, output: Path, seconds: float, tokens: Any) -> None:
     summary = {
         "optimizer_steps": trainer.state.global_step,
         "quads": len(tokens),
+        "pairs": dict(zip(VIEWS, map(int, tokens.has_view.sum(axis=0)), strict=True)),
+        "tokens": round(float(tokens.num_sequence_tokens.sum()) * float(trainer.state.epoch or 0)),
         "dropped_pairs": dict(tokens.drops),
         "seconds": round(seconds, 3),
         "last": entries[-1] if entries else {},

@@ -11,7 +11,7 @@ import csv
 import glob
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -35,24 +35,29 @@ ITEM_FIELDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where prompts come from and which columns count; ``id_column`` may be empty."""
+    """Where prompts come from and which columns count; ``id_column`` may be empty. ``config`` names one of several sets under
+    one Hub name. ``with_rest``: the other columns are wanted, too."""
 
     path: str
     split: str = "train"
     column: str = "auto"
     id_column: str = ""
+    config: str = ""
+    with_rest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """One value of the prompt column as it stands there; ``where`` names file and line (or row)."""
+    """One value of the prompt column as it stands there; ``where`` names file and line (or row), ``rest`` holds the other
+    columns where the source was asked for them."""
 
     where: str
     value: Any
     id: str | None = None
+    rest: Mapping[str, Any] = field(default_factory=dict)
 
 
-_OPTIONS = {"split": "split", "column": "column", "id": "id_column"}
+_OPTIONS = {"split": "split", "column": "column", "id": "id_column", "config": "config"}
 
 
 def parse_source(text: str, default: Source) -> Source:
@@ -163,12 +168,15 @@ def _select(rows: Iterator[tuple[str, Mapping[str, Any]]], source: Source) -> It
             raise UserError(
                 f"{where}: field {column!r}: got {show(value)}, expected a string or a list of messages with role, content"
             )
-        yield SourceRow(where, value, _row_id(row[source.id_column], where, source) if source.id_column else None)
+        id = _row_id(row[source.id_column], where, source.id_column) if source.id_column else None
+        used = (column, source.id_column)
+        rest = {name: cell for name, cell in row.items() if name not in used} if source.with_rest else {}
+        yield SourceRow(where, value, id, rest)
 
 
-def _row_id(value: Any, where: str, source: Source) -> str:
+def _row_id(value: Any, where: str, column: str) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-        raise UserError(f"{where}: field {source.id_column!r}: got {show(value)}, expected a text or an integer")
+        raise UserError(f"{where}: field {column!r}: got {show(value)}, expected a text or an integer")
     return str(value)
 
 
@@ -262,7 +270,7 @@ _FILE_SUFFIXES = {*_READERS, ".txt", ".text", ".toml", ".gz", ".zst", ".arrow"}
 def _dataset_rows(data: Any, source: Source) -> Iterator[tuple[str, Mapping[str, Any]]]:
     name = f"{source.path}[{source.split}]"
     wanted = [source.id_column, *(PROMPT_COLUMNS if source.column == "auto" else [source.column])]
-    present = [column for column in data.column_names if column in wanted]
+    present = [] if source.with_rest else [column for column in data.column_names if column in wanted]
     data = data.select_columns(present) if present else data  # the other columns may be large
     for number, row in enumerate(data, start=1):
         yield f"{name}: row {number}", row
@@ -288,7 +296,7 @@ def _load_from_hub(source: Source) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(source.path, split=source.split)
+        return load_dataset(source.path, source.config or None, split=source.split)
     except Exception as error:  # the library raises many kinds: no network, no such set, no such split, gated
         raise UserError(
             f"prompts.sources: {source.path!r} is no file here, and as a data set of the Hub it cannot be loaded "

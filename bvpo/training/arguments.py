@@ -18,6 +18,7 @@ import torch
 from transformers import TrainingArguments
 
 from bvpo.config import AlphaConfig, AnchorConfig, LossConfig, TrainConfig
+from bvpo.core.losses import LOSSES
 from bvpo.strict import UserError
 
 
@@ -42,8 +43,11 @@ class BVPOConfig(TrainingArguments):
     gamma: float = field(default=1.0, metadata={"help": "SimPO target margin inside the sigmoid."})
     length_weight: float = field(default=0.0, metadata={"help": "R-DPO reward per token."})
     alpha: float = field(default=0.5, metadata={"help": "Weight of the trace view; 1 - alpha is the empty view's."})
-    alpha_schedule: str = field(default="constant", metadata={"help": "constant, linear or cosine."})
+    alpha_schedule: str = field(default="constant", metadata={"help": "constant, linear, cosine or auto."})
     alpha_end: float | None = field(default=None, metadata={"help": "Last alpha of a linear or cosine schedule."})
+    alpha_every: int | None = field(
+        default=None, metadata={"help": "Steps between the looks of alpha_schedule = auto; None: telemetry_steps."}
+    )
     anchor: str = field(
         default="none", metadata={"help": "none, nll or kl: holds trace-view tokens near the reference."}
     )
@@ -72,9 +76,12 @@ class BVPOConfig(TrainingArguments):
     reference: str = field(default="cached", metadata={"help": "cached, held or adapter."})
     reference_cache: str = field(default="", metadata={"help": "Folder of cached reference log-probs."})
     head_chunk: int = field(default=256, metadata={"help": "Rows whose vocabulary logits exist at one time."})
+    telemetry_steps: int = field(default=25, metadata={"help": "Steps between looks at gradient noise; 0: none."})
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        if self.alpha_schedule == "auto":
+            _require_auto(self)
         cuda_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.precision == "auto" and not self.fp16:
             self.bf16 = bool(self.bf16) or (cuda_bf16 and not self.use_cpu)
@@ -103,7 +110,8 @@ class BVPOConfig(TrainingArguments):
         for name, value in (("alpha", self.alpha), ("alpha_end", self.alpha_end)):
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"{name}: got {value!r}, expected a number from 0 to 1")
-        return AlphaConfig(schedule=self.alpha_schedule, value=self.alpha, end=self.alpha_end)  # type: ignore[arg-type]
+        schedule: Any = self.alpha_schedule
+        return AlphaConfig(schedule=schedule, value=self.alpha, end=self.alpha_end, every=self.alpha_every)
 
     def anchor_config(self) -> AnchorConfig:
         config = AnchorConfig(kind=self.anchor, tokens=self.anchor_tokens, weight=self.anchor_weight)  # type: ignore[arg-type]
@@ -131,10 +139,30 @@ def _check_choices(args: BVPOConfig) -> None:
     for name, choices in _CHOICES.items():
         if getattr(args, name) not in choices:
             raise UserError(f"{name}: got {getattr(args, name)!r}, expected one of {', '.join(choices)}")
-    for name in ("quads_per_step", "tokens_per_micro_batch", "max_length", "head_chunk"):
+    for name in ("quads_per_step", "tokens_per_micro_batch", "max_length", "head_chunk", "alpha_every"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"{name}: got {value}, expected a positive integer")
+    if args.telemetry_steps < 0:
+        raise UserError(f"telemetry_steps: got {args.telemetry_steps}, expected 0 or more")
+
+
+def why_biased(args: BVPOConfig) -> str | None:
+    """Why the trace view's expected gradient is not the marginal loss's even at the reference; None where it is."""
+    if args.loss in LOSSES and not LOSSES[args.loss].zero_trace_bias_at_reference:
+        return f"loss {args.loss!r} is biased in the trace view even at the reference (docs/losses.md says why)"
+    if args.trace_estimator == "answer":
+        return "trace_estimator 'answer' leaves the trace's own gradient out, which biases the trace view"
+    return None
+
+
+def _require_auto(args: BVPOConfig) -> None:
+    """Refuses what the rule behind ``auto`` is not valid for."""
+    reason = why_biased(args)
+    if reason is not None:
+        raise UserError(f"alpha 'auto' takes the trace view for unbiased, but {reason}; set a constant alpha")
+    if not (args.alpha_every or args.telemetry_steps):
+        raise UserError("alpha 'auto' needs looks at the gradients: set alpha_every, or telemetry_steps above 0")
 
 
 # transformers renamed the switch; the old name warns on the new versions and is the only one on the old ones.
@@ -166,6 +194,7 @@ _SAME_NAME = (
     "save_steps",
     "save_total_limit",
     "head_chunk",
+    "telemetry_steps",
 )
 
 
@@ -198,6 +227,7 @@ def arguments_from(
         "alpha": config.alpha.value,
         "alpha_schedule": config.alpha.schedule,
         "alpha_end": config.alpha.end,
+        "alpha_every": config.alpha.every,
         "anchor": config.anchor.kind,
         "anchor_tokens": config.anchor.tokens,
         "anchor_weight": config.anchor.weight,

@@ -1,7 +1,7 @@
 """What happens around the steps of a run: reshuffling, metrics on disk, checkpoint identity, and one readable log line.
 
 In: the trainer's state at transformers' callback hooks. Out: ``metrics.jsonl`` (machines), a progress bar with one short
-line per log entry (people), and ``bvpo_run.json`` in every checkpoint.
+line per log entry (people), and ``bvpo_run.json`` and ``bvpo_noise.json`` in every checkpoint.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 IDENTITY_FILE = "bvpo_run.json"
+NOISE_FILE = "bvpo_noise.json"
 
 
 class Bookkeeping(TrainerCallback):
@@ -27,9 +28,19 @@ class Bookkeeping(TrainerCallback):
 
     def __init__(self, trainer: BVPOTrainer) -> None:
         self._trainer = trainer
+        self._padding: list[Any] = []
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._padding = [config.pad_token_id for config in _token_configs(self._trainer.model)]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
+        # transformers has just copied the tokenizer's padding token into the model's configs; one that the model has no
+        # embedding for (tokenizers may add their own) would make a checkpoint that cannot be loaded
+        size = trainer.model.get_input_embeddings().weight.shape[0]
+        for config, before in zip(_token_configs(trainer.model), self._padding, strict=True):
+            if config.pad_token_id is not None and config.pad_token_id >= size:
+                config.pad_token_id = before
         trainer.start_clock(time.perf_counter())
         if state.is_world_process_zero:
             _forget_after(Path(args.output_dir) / METRICS_FILE, state.global_step)
@@ -53,6 +64,7 @@ class Bookkeeping(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
+            (folder / NOISE_FILE).write_text(json.dumps(self._trainer.telemetry.online.state(), indent=1))
             (folder / IDENTITY_FILE).write_text(json.dumps(self._trainer.identity(), default=str, indent=1))
 
 
@@ -62,6 +74,12 @@ def _forget_after(path: Path, step: int) -> None:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and 0 < json.loads(line)["step"] <= step]
         path.write_text("".join(kept), encoding="utf-8")
+
+
+def _token_configs(model: Any) -> list[Any]:
+    """The configs that name a padding token."""
+    found = (model.config, getattr(model, "generation_config", None))
+    return [config for config in found if config is not None and hasattr(config, "pad_token_id")]
 
 
 class ConciseProgress(ProgressCallback):

@@ -14,7 +14,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -81,6 +81,9 @@ def load_quads(config: DataConfig, fmt: ReasoningFormat, *, seed: int = 0) -> Qu
         held_out = _quad_rows(load_rows(config.eval_quads, field="data.eval_quads"), config.eval_quads)
     elif config.eval_fraction:
         source, held_out = split_quads(source, fraction=config.eval_fraction, seed=seed)
+    if set(config.views) != set(VIEWS):
+        source = _only(source, config.views)
+        held_out = None if held_out is None else _only(held_out, config.views)
     if config.limit is not None:
         source = _first(source, config.limit)
         held_out = None if held_out is None else _first(held_out, config.limit)
@@ -149,6 +152,18 @@ def split_quads(source: QuadSource, *, fraction: float, seed: int) -> tuple[Quad
     note = f"{fraction!r}, {seed}"
     kept = _derived(source, f"train without {note}", lambda: (q for q in source if not held_out(q)))
     return kept, _derived(source, f"held out {note}", lambda: (q for q in source if held_out(q)))
+
+
+def _only(source: QuadSource, views: Sequence[View]) -> QuadSource:
+    """The pairs of some views; quads without any are not counted among the quads."""
+
+    def read() -> Iterator[Quad]:
+        for quad in source:
+            kept = replace(quad, **{view: None for view in VIEWS if view not in views})
+            if any(kept.pair(view) for view in VIEWS):
+                yield kept
+
+    return _derived(source, f"only {sorted(views)}", read)
 
 
 def _first(source: QuadSource, limit: int) -> QuadSource:

@@ -23,6 +23,7 @@ from bvpo.training.layout import split_branches
 from bvpo.training.objective import Objective, Sums, Weights
 from bvpo.training.policy import ANSWER, KL, branch_outputs
 from bvpo.training.steps import MicroBatch, StepBatch, make_micro_batch
+from bvpo.training.tokens import TokenQuad
 
 T = TypeVar("T")
 
@@ -115,6 +116,39 @@ def _backward_sequence(
 
     Pass 1 finds dL/d(sums) without a graph; pass 2 runs each branch alone and sends its share of that gradient back.
     """
+    cut = _cut(runner, model, micro_batch, weights)
+    for is_last_branch, single in mark_last(cut.singles):
+        final = is_last and is_last_branch
+        with runner.synchronising(model, is_last=final):
+            runner.send_back(cut.share(runner, model, single), is_last=final)
+    return cut.loss.detach(), cut.statistics
+
+
+_BACKWARDS = {"micro_batch": _backward_micro_batch, "sequence": _backward_sequence}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Cut:
+    """One quad's loss, cut at the sums of its branches: their values, and the loss's derivatives by them."""
+
+    loss: Tensor
+    statistics: Tensor
+    sums: Sums
+    d_policy: Tensor
+    d_kl: Tensor
+    singles: Sequence[TokenQuad]
+
+    def share(self, runner: StepRunner, model: nn.Module, single: TokenQuad) -> Tensor:
+        """A scalar with the gradient that the loss has through this branch; its graph holds one sequence."""
+        alone = make_micro_batch([single], runner.layout, None).to(self.d_policy.device)
+        # Reference sums are not needed again; zeros keep a held reference from running.
+        alone = dataclasses.replace(alone, reference_Q42=torch.zeros_like(self.d_policy))
+        with runner.autocast():
+            own = runner.sums(model, alone)
+        return (own.policy * self.d_policy).sum() + (own.kl * self.d_kl).sum()
+
+
+def _cut(runner: StepRunner, model: nn.Module, micro_batch: MicroBatch, weights: Weights) -> _Cut:
     with torch.no_grad():
         _, _, sums = runner.loss(model, micro_batch, weights)
     leaves = [sums.policy.detach().requires_grad_(), sums.kl.detach().requires_grad_()]
@@ -124,19 +158,19 @@ def _backward_sequence(
     if micro_batch.is_filler:
         loss, d_policy, d_kl = 0.0 * loss, 0.0 * d_policy, 0.0 * d_kl
     (quad,) = micro_batch.quads
-    for is_last_branch, single in mark_last(split_branches(quad)):
-        alone = make_micro_batch([single], runner.layout, None).to(d_policy.device)
-        # Reference sums are not needed again; zeros keep a held reference from running.
-        alone = dataclasses.replace(alone, reference_Q42=torch.zeros_like(d_policy))
-        final = is_last and is_last_branch
-        with runner.synchronising(model, is_last=final):
-            with runner.autocast():
-                own = runner.sums(model, alone)
-            runner.send_back((own.policy * d_policy).sum() + (own.kl * d_kl).sum(), is_last=final)
-    return loss.detach(), statistics
+    return _Cut(loss=loss, statistics=statistics, sums=sums, d_policy=d_policy, d_kl=d_kl, singles=split_branches(quad))
 
 
-_BACKWARDS = {"micro_batch": _backward_micro_batch, "sequence": _backward_sequence}
+def parts(
+    runner: StepRunner, model: nn.Module, micro_batch: MicroBatch, weights: Weights
+) -> tuple[Sums, Iterator[Tensor]]:
+    """The micro-batch's log-prob sums, and scalars whose gradients add up to its loss's: what a step would send back, for
+    those who want the gradient and not the step. At most one graph is alive, as large as the step's own."""
+    if runner.backward == "sequence":
+        cut = _cut(runner, model, micro_batch, weights)
+        return cut.sums, (cut.share(runner, model, single) for single in cut.singles)
+    loss, _, sums = runner.loss(model, micro_batch, weights)
+    return sums, iter([loss])
 
 
 def mark_last(items: Sequence[T]) -> Iterator[tuple[bool, T]]:

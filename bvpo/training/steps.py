@@ -50,11 +50,13 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """One rank's share of one optimizer step; ``pairs`` are global counts."""
+    """One rank's share of one optimizer step; ``pairs`` are global counts, ``indices`` the data set's quads of the whole
+    step, over all ranks."""
 
     micro_batches: tuple[MicroBatch, ...]
     pairs: dict[View, int]
     num_quads: int
+    indices: tuple[int, ...]
 
 
 def make_micro_batch(
@@ -121,7 +123,10 @@ class StepDataset(Dataset[dict[str, StepBatch]]):
         # Fillers first: the last backward of a step is the one that synchronises gradients.
         groups = tuple(sorted(groups, key=len)) if () in groups else groups
         micro_batches = tuple(self._micro_batch(group or tuple(fallback), is_filler=not group) for group in groups)
-        return {"step": StepBatch(micro_batches=micro_batches, pairs=step.pairs, num_quads=step.num_quads)}
+        indices = tuple(int(i) for i in self.plan.quads(index))
+        return {
+            "step": StepBatch(micro_batches=micro_batches, pairs=step.pairs, num_quads=step.num_quads, indices=indices)
+        }
 
     def _micro_batch(self, indices: Sequence[int], is_filler: bool) -> MicroBatch:
         quads = [self.tokens[int(i)] for i in indices]

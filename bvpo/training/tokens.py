@@ -66,7 +66,8 @@ class TokenQuad:
 class TokenDataset:
     """Tokenised quads in ``folder``: ``tokens.arrow`` (memory-mapped), ``drops.jsonl`` and ``summary.json``.
 
-    ``ds[i]`` reads one quad without loading others; only ``num_tokens`` [N] and ``has_view`` [N, 2] stay in memory.
+    ``ds[i]`` reads one quad without loading others; only ``num_tokens`` [N], ``num_sequence_tokens`` [N] (the prefix counted
+    for each response, as a trainer without a tree would compute it) and ``has_view`` [N, 2] stay in memory.
     ``drops`` counts lost pairs as ``"view/reason"``. Made by :func:`bvpo.training.tokenizing.prepare_tokens`.
     """
 
@@ -89,6 +90,8 @@ class TokenDataset:
             np.int64
         )
         self.has_view: npt.NDArray[np.bool_] = bounds[:, [1, 7]] >= 0
+        num_branches = (bounds[:, [1, 4, 7, 10]] >= 0).sum(axis=1)
+        self.num_sequence_tokens: npt.NDArray[np.int64] = self.num_tokens + bounds[:, 0] * (num_branches - 1)
 
     def __len__(self) -> int:
         return int(self._starts[-1])

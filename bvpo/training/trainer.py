@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -26,11 +27,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from bvpo.core.mixing import AlphaSource, ScheduledAlpha
+from bvpo.core.mixing import AlphaSource
 from bvpo.strict import UserError
 from bvpo.training import policy, reference
 from bvpo.training.arguments import BVPOConfig
-from bvpo.training.callbacks import IDENTITY_FILE, Bookkeeping, use_concise_progress
+from bvpo.training.callbacks import IDENTITY_FILE, NOISE_FILE, Bookkeeping, use_concise_progress
 from bvpo.training.gradients import StepRunner
 from bvpo.training.loading import (
     agree,
@@ -45,9 +46,11 @@ from bvpo.training.loading import (
     shard_frozen,
     with_adapter,
 )
+from bvpo.training.looks import Plan, Rows, take
 from bvpo.training.objective import STATISTICS, Objective, Weights, describe
 from bvpo.training.refcache import ReferenceCache, cache_fingerprint, weights_fingerprint
 from bvpo.training.steps import StepBatch, StepDataset, only_item
+from bvpo.training.telemetry import Telemetry
 from bvpo.training.tokens import TokenDataset
 
 logger = logging.getLogger(__name__)
@@ -66,7 +69,7 @@ class BVPOTrainer(Trainer):
         processing_class: the tokenizer (loaded from the model's folder when left out).
         ref_model: another reference than the initial policy; implies ``reference="held"``.
         peft_config: a PEFT configuration: trains adapters, and the reference is the model without them.
-        alpha_source: replaces the configured schedule of alpha (an online estimate, say).
+        alpha_source: replaces the configured schedule of alpha (another online estimate, say).
     """
 
     _tag_names: ClassVar[list[str]] = ["bvpo", "dpo", "reasoning"]
@@ -91,7 +94,8 @@ class BVPOTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         self.objective = Objective(args.loss_config(), args.trace_estimator, args.anchor_config())  # type: ignore[arg-type]
-        self.alpha_source = alpha_source or ScheduledAlpha(args.alpha_config())
+        self.telemetry = Telemetry(args)
+        self.alpha_source = alpha_source or self.telemetry.alpha_source()
         processing_class = load_tokenizer(processing_class, model)
         set_seed(args.seed)  # adapters are initialised here; the loop seeds again before training
         model = load_policy(model, args)
@@ -246,6 +250,16 @@ class BVPOTrainer(Trainer):
         sets = [steps.tokens for steps in (self._train_steps, self._eval_steps) if steps is not None]
         return all(reference_pass.is_complete(tokens) for tokens in sets)
 
+    @property
+    def train_tokens(self) -> TokenDataset | None:
+        """The training quads in tokens."""
+        return None if self._train_steps is None else self._train_steps.tokens
+
+    def look(self, plan: Plan, seed: Sequence[int], buckets: int) -> Rows:
+        """Single gradients of training quads with the model as it is; outside of a run too, after ``fill_reference``."""
+        assert self._train_steps is not None
+        return take(self.model, self._runner(), self._train_steps, plan, seed, buckets)
+
     def start_epoch(self, epoch: int) -> None:
         """A new order of the quads. Part of the plan, so a resumed epoch has the order of the interrupted one."""
         if self._train_steps is not None:
@@ -263,8 +277,7 @@ class BVPOTrainer(Trainer):
         """As in transformers. Reference log-probs are computed before the first step, with the untrained weights."""
         if self._train_steps is None:
             raise UserError("train_dataset: got none, expected quads to train on")
-        if resume_from_checkpoint:
-            self._check_checkpoint(resume_from_checkpoint)
+        self.telemetry.restore(self._check_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else {})
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.fill_reference(self.model)  # sharded models wait until they are wrapped: see Bookkeeping
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -299,15 +312,24 @@ class BVPOTrainer(Trainer):
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
-        alpha = self.alpha_source.value(self._progress())
+        alpha, runner = self.alpha_source.value(self._progress()), self._runner()
+        if self.is_in_train:
+            self._look_at_noise(model, runner, step)
         weights = Weights.of(alpha, step.pairs, self.args.anchor_weight)
-        loss, statistics, num_tokens = self._runner().run(model, step, weights)
+        loss, statistics, num_tokens = runner.run(model, step, weights)
         self._statistics = statistics if self._statistics is None else self._statistics + statistics
         self._tokens_seen += num_tokens
         self._alpha = alpha
         self._last_loss = loss.detach()
         # transformers averages this over ranks for its log; our share is a part of a sum.
         return loss * max(1, self.args.world_size)
+
+    def _look_at_noise(self, model: nn.Module, runner: StepRunner, step: StepBatch) -> None:
+        """After this step's alpha was fixed, so that it does not depend on the noise of the gradient that it weighs."""
+        assert self._train_steps is not None
+        found = self.telemetry.before_step(model, runner, self._train_steps, step, self.state.global_step)
+        if found and self.alpha_source is not self.telemetry.online:
+            self.alpha_source.observe(found)
 
     def _progress(self) -> float:
         """0 in the first step, 1 in the last one."""
@@ -386,7 +408,7 @@ class BVPOTrainer(Trainer):
             elapsed, self._clock = time.perf_counter() - self._clock, time.perf_counter()
             logs |= describe(statistics)  # type: ignore[arg-type]
             logs |= {"alpha": self._alpha, "tokens_per_second": tokens / elapsed}
-            logs |= self._utilisation(tokens / elapsed)
+            logs |= self._utilisation(tokens / elapsed) | self.telemetry.report()
             self._statistics, self._tokens_seen = None, 0
         _require_finite(logs, may_skip_steps=self.args.fp16)
         super().log(logs, start_time)
@@ -421,9 +443,10 @@ class BVPOTrainer(Trainer):
         names = [f.name for f in dataclasses.fields(BVPOConfig) if f.name in _DECIDES]
         data = "" if self._train_steps is None else self._train_steps.tokens.fingerprint
         found = {"layout": self.layout, "train_data": data, "reference_weights": self._reference_weights}
-        return {name: getattr(args, name) for name in names} | found
+        return {name: getattr(args, name) for name in names} | found | self.telemetry.identity()
 
-    def _check_checkpoint(self, resume: str | bool) -> None:
+    def _check_checkpoint(self, resume: str | bool) -> dict[str, float]:
+        """Refuses a checkpoint of another run; returns what its looks at the gradients had found."""
         folder = get_last_checkpoint(self.args.output_dir) if resume is True else str(resume)
         path = Path(folder or "") / IDENTITY_FILE
         if folder is None or not path.is_file():
@@ -431,13 +454,15 @@ class BVPOTrainer(Trainer):
                 raise UserError(
                     f"{folder}: no {IDENTITY_FILE}, so not a finished checkpoint of bvpo; delete it or name another"
                 )
-            return  # transformers says what is missing
+            return {}  # transformers says what is missing
         before, now = json.loads(path.read_text()), json.loads(json.dumps(self.identity(), default=str))
         changed = [
             f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in sorted(before | now) if before.get(k) != now.get(k)
         ]
         if changed:
             raise UserError(f"{folder}: checkpoint of another run, cannot resume ({'; '.join(changed)})")
+        noise = path.with_name(NOISE_FILE)
+        return json.loads(noise.read_text()) if noise.is_file() else {}
 
 
 # Fields of a model's configuration that do not change its log-probs (or, as dtype, have their own part in the key).
@@ -447,7 +472,7 @@ _NO_NUMBERS = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype
 _DECIDES = frozenset(
     {f.name for f in dataclasses.fields(BVPOConfig)}
     - {f.name for f in dataclasses.fields(TrainingArguments)}
-    - {"reference_cache", "layout", "head_chunk"}
+    - {"reference_cache", "layout", "head_chunk", "telemetry_steps", "alpha_every"}
 ) | {
     "learning_rate",
     "lr_scheduler_type",

@@ -1,0 +1,70 @@
+"""Whether a final answer names the right number: the rule for benchmarks whose references are numbers (GSM8K, AIME, AMC).
+
+In: a conversation, the model's final answer and the prompt's metadata, as function scorers get them. Out: 1.0 or 0.0; it
+raises where the reference is no number. It compares values, not texts, and reads the last ``\\boxed{}``, else the last
+number of the answer. It knows no algebra: benchmarks with formulas need a grader that does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:\s*/\s*\d+)?(?:[eE][-+]?\d{1,3})?(?![\d.]*\d)")
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+_REFERENCE_FIELDS = ("reference", "answer", "target", "solution")
+
+
+def number(messages: Sequence[Mapping[str, str]], answer: str, meta: Mapping[str, Any]) -> float:
+    """1.0 if the answer's number is the reference's: ``meta``'s first of reference, answer, target, solution."""
+    right = reference_number(meta)
+    found = final_number(answer)
+    return float(found is not None and found == right)
+
+
+def reference_number(meta: Mapping[str, Any]) -> Fraction:
+    """The reference of a problem; GSM8K writes it behind ``####``."""
+    for name in _REFERENCE_FIELDS:
+        if meta.get(name) is not None:
+            found = final_number(str(meta[name]).rpartition("####")[2])
+            if found is None:
+                raise ValueError(f"field {name!r} holds no number: {str(meta[name])[:60]!r}")
+            return found
+    raise ValueError(f"the prompt has no reference in any of {', '.join(_REFERENCE_FIELDS)}")
+
+
+def final_number(text: str) -> Fraction | None:
+    """The number that a text ends up with: in its last ``\\boxed{}``, else the last one written."""
+    boxed = last_boxed(text)
+    return _last_number(text if boxed is None else boxed)
+
+
+def last_boxed(text: str) -> str | None:
+    """The content of the last closed ``\\boxed{...}``, braces matched."""
+    for start in reversed([match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]):
+        depth = 1
+        for place in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            if depth == 0:
+                return text[start:place]
+    return None
+
+
+def _last_number(text: str) -> Fraction | None:
+    plain = _FRACTION.sub(r" \1/\2 ", text.replace("\\!", "").replace("{,}", ",").replace("−", "-"))
+    last: Fraction | None = None
+    for match in _NUMBER.finditer(plain):
+        if any(char.isdigit() for char in match[0]):
+            last = _value(match[0]) if _value(match[0]) is not None else last
+    return last
+
+
+def _value(text: str) -> Fraction | None:
+    above, _, below = text.replace(",", "").replace(" ", "").partition("/")
+    try:
+        mantissa = Fraction(above)  # reads decimals and exponents
+        return mantissa / int(below) if below else mantissa
+    except (ValueError, ZeroDivisionError):
+        return None

@@ -1,0 +1,1 @@
+"""What ``bvpo run`` is made of: a config becomes jobs, and jobs become finished experiment folders."""

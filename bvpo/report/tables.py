@@ -1,0 +1,65 @@
+"""Plain-text tables: values with their intervals, in aligned columns.
+
+In: rows of cells, an :class:`~bvpo.core.stats.Interval`, or the results of an evaluation. Out: text for a terminal or a log.
+It computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from bvpo.core.evaluation import MODE_TITLES
+from bvpo.core.stats import Interval
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 1, indent: str = "  ") -> Iterator[str]:
+    """The rows, header first, as lines; the first ``left`` columns start at the left, the others end at the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield (indent + "  ".join(cells)).rstrip()
+
+
+def number(value: float | None, *, sign: bool = False) -> str:
+    """Four digits that matter; a dash for what is not known."""
+    if value is None:
+        return "-"
+    text = f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return f"+{text}" if sign and value > 0 else text
+
+
+def shown(interval: Interval, *, sign: bool = False) -> str:
+    """``value [low, high]``."""
+    if interval.value is None:
+        return "-"
+    if interval.low is None or interval.high is None:
+        return f"{number(interval.value, sign=sign)} [too few prompts]"
+    ends = f"[{number(interval.low, sign=sign)}, {number(interval.high, sign=sign)}]"
+    return f"{number(interval.value, sign=sign)} {ends}"
+
+
+def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """One line per benchmark, mode and metric, then what is left out and why."""
+    rows = [("benchmark", "mode", "metric", "value", "prompts", "samples", "unclosed", "tokens")]
+    notes = []
+    for name, modes in results.items():
+        for mode, one in modes.items():
+            unclosed, tokens = Interval(**one["unclosed"]), Interval(**one["tokens"])
+            for metric, found in one["metrics"].items():
+                estimate = Interval(**found["estimate"])
+                title = MODE_TITLES[mode]  # type: ignore[index]
+                share = "-" if unclosed.value is None else f"{100 * unclosed.value:.1f} %"
+                counts = (f"{estimate.num_prompts:,}", f"{found['num_samples']:,}", share, number(tokens.value))
+                rows.append((name, title, metric, shown(estimate), *counts))
+                if len(found["pass_at"]) > 1:
+                    passes = ", ".join(f"pass@{k} {shown(Interval(**at))}" for k, at in found["pass_at"].items())
+                    notes.append(f"{name} {title} {metric}: {passes}")
+                for reason, num in found["missing"].items():
+                    notes.append(f"{name} {title} {metric}: {num:,} samples left out, {reason}")
+    yield from aligned(rows, left=3)
+    yield from (f"  {note}" for note in notes)
+    yield "  [low, high]: 95 % interval over prompts"

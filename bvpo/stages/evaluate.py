@@ -1,0 +1,440 @@
+"""``bvpo evaluate CONFIG.toml``: a model on benchmarks, in both modes: Thinking (trace view) and NoThinking (empty view).
+
+Every benchmark is an experiment folder of its own, ``ROOT/NAME/eval/BENCHMARK``, sampled and scored by the verbs of that
+name; so it resumes, and ``status``, ``inspect`` and ``analyze`` work on it. This stage writes its prompts, and from its
+samples and scores ``verdicts.jsonl``, ``thinking.json`` and ``nothinking.json``, and ``results.json`` beside the benchmarks.
+The same samples give the same files. It compares no models.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bvpo.command import StageOptions, parse_command
+from bvpo.config import (
+    BenchmarkConfig,
+    ExperimentConfig,
+    FunctionScorerConfig,
+    ModelConfig,
+    SampleConfig,
+    ScoreConfig,
+    benchmarks_of,
+    dump_toml,
+)
+from bvpo.core.evaluation import MODE_TITLES, MODE_VIEWS, Mode, ModeResult, Verdict, summarize
+from bvpo.core.formats import answer_offset, resolve_format
+from bvpo.core.overview import LastScore, last_scores
+from bvpo.core.scores import answer_text, score_key, scorer_id
+from bvpo.records import Prompt, Sample, Score, View
+from bvpo.report.tables import evaluation_table
+from bvpo.scorers.base import ScoreItem
+from bvpo.scorers.function import FIELD, FunctionScorer
+from bvpo.store import (
+    RecordStore,
+    begin_stage,
+    differences,
+    finish_stage,
+    forget_stage,
+    read_manifest,
+    versions,
+    write_atomically,
+)
+from bvpo.store.benchmarks import BenchmarkPrompts, read_prompts
+from bvpo.store.disk import disk_errors, make_folder
+from bvpo.store.sources import fingerprint_file
+from bvpo.strict import UserError, to_dict, to_json, write_jsonl
+from bvpo.tomltext import UNSET
+from bvpo.verbs import run_stage
+
+logger = logging.getLogger(__name__)
+
+RESCORE = "--rescore"
+ABOUT = (
+    "Evaluate a model on benchmarks in both modes, Thinking and NoThinking: samples, scores, and metrics with intervals. "
+    f"Goes on where it stopped when run again. {RESCORE} scores the samples anew after the scorer was changed."
+)
+SCHEMA = 1
+RESULTS, VERDICTS = "results.json", "verdicts.jsonl"
+_WEIGHTS = ("model", "revision", "content", "parameters")  # of an engine's fingerprint: what names the weights
+
+
+def main(argv: Sequence[str]) -> int | None:
+    words = [word for word in argv if word != RESCORE]
+    config, options = parse_command("evaluate", words, ABOUT)
+    run(config, options, rescore=len(words) < len(argv))
+    return None
+
+
+def run(config: ExperimentConfig, options: StageOptions, *, rescore: bool = False) -> None:
+    """Evaluates on every benchmark; ``--limit`` keeps to the first prompts of each."""
+    settings = config.evaluate
+    if not settings.benchmarks:
+        raise UserError(
+            "evaluate.benchmarks: nothing to evaluate on; describe one in a table [evaluate.benchmarks.NAME]"
+        )
+    folder = Path(config.root) / config.name
+    model = whole_model(evaluated_model(config), folder / settings.folder / "merged-model", options)
+    benchmarks = [prepare(config, model, name, own) for name, own in benchmarks_of(settings).items()]
+    if options.dry_run:
+        for benchmark in benchmarks:
+            estimate(benchmark, options)
+        logger.info("dry run: nothing was evaluated")
+        return
+    stage = "evaluate" if settings.folder == "eval" else f"evaluate {settings.folder}"
+    identity = {"evaluate": to_dict(settings), "model": model.path, "seed": config.seed}
+    make_folder(folder)
+    earlier = read_manifest(folder).stage(stage)
+    if earlier is not None and differences(earlier.config, identity):
+        forget_stage(folder, stage)  # it would call finished what is not
+    for benchmark in benchmarks:
+        draw(benchmark, options, rescore)
+    forget_stage(folder, stage)  # results are made anew; samples and scores keep their own entries
+    begin_stage(folder, stage, config=identity)
+    write_atomically(folder / "config.toml", dump_toml(config))
+    results = {benchmark.name: judge(benchmark, options.limit) for benchmark in benchmarks}
+    _write_json(folder / settings.folder / RESULTS, {"kind": "evaluation", "schema": SCHEMA, "benchmarks": results})
+    if options.limit is None:
+        counts = {name: {mode: one["num_samples"] for mode, one in modes.items()} for name, modes in results.items()}
+        finish_stage(folder, stage, counts=counts)
+    for line in evaluation_table(results):
+        logger.info("%s", line)
+    logger.info("written to %s", folder / settings.folder / RESULTS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is evaluated, and on what
+
+
+def evaluated_model(config: ExperimentConfig) -> ModelConfig:
+    """The model as the stages that sample know it. One from elsewhere comes with its own tokenizer."""
+    wanted = config.evaluate.model
+    if wanted == "base":
+        return config.model
+    if wanted:
+        return replace(config.model, path=wanted, revision=None, tokenizer=None)
+    final = Path(config.root) / config.name / "train" / "final"
+    if not final.is_dir():
+        raise UserError(
+            f"{final}: no trained model; train first, or name another with evaluate.model ('base': model.path)"
+        )
+    return replace(config.model, path=str(final), revision=None)
+
+
+def whole_model(model: ModelConfig, target: Path, options: StageOptions) -> ModelConfig:
+    """The model itself, or an adapter merged into its base: engines sample from whole models."""
+    from bvpo.training.merging import base_of, is_adapter, merge_adapter
+
+    if not is_adapter(Path(model.path)):
+        return model
+    if options.dry_run and not target.is_dir():
+        return replace(model, path=base_of(Path(model.path)))  # as large as the merged one
+    merge_adapter(Path(model.path), target, trust_remote_code=model.trust_remote_code)
+    return replace(model, path=str(target))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """One benchmark, ready to run. ``config`` is that of its own experiment folder."""
+
+    name: str
+    settings: BenchmarkConfig
+    modes: tuple[Mode, ...]
+    config: ExperimentConfig
+    read: BenchmarkPrompts
+    more: dict[str, FunctionScorer] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.root) / self.config.name
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (self.settings.metric, *self.settings.more)
+
+    def without_answer(self, metric: str) -> float | None:
+        """What a response without an answer counts; ``None`` leaves it out."""
+        of_scorer = metric == self.settings.metric and self.settings.scorer == "experiment"
+        value = self.settings.unclosed.get(metric, UNSET if of_scorer else 0.0)
+        return None if value == UNSET else float(value)
+
+
+def prepare(config: ExperimentConfig, model: ModelConfig, name: str, own: BenchmarkConfig) -> Benchmark:
+    """Reads the prompts and loads the functions, so that their mistakes come before any work."""
+    settings, place = config.evaluate, f"evaluate.benchmarks.{name}"
+    experiment = Path(config.root) / config.name
+    score = config.score
+    if own.scorer == "function":
+        _function(own.function, f"{place}.function")
+        score = ScoreConfig(scorer="function", function=FunctionScorerConfig(path=own.function))
+    try:
+        read = read_prompts(own.source, experiment, own.limit)
+    except UserError as error:
+        raise UserError(f"{place}.source: {str(error).removeprefix('prompts.sources: ')}") from None
+    sample = SampleConfig(
+        engine=config.sample.engine,
+        endpoints=config.sample.endpoints,
+        options=config.sample.options,
+        views=tuple(MODE_VIEWS[mode] for mode in settings.modes),
+        num_samples=own.num_samples or settings.num_samples,
+        temperature=settings.temperature if own.temperature is None else own.temperature,
+        top_p=settings.top_p,
+        max_new_tokens=own.max_new_tokens or settings.max_new_tokens,
+    )
+    return Benchmark(
+        name=name,
+        settings=own,
+        modes=settings.modes,
+        config=ExperimentConfig(
+            name=name, root=str(experiment / settings.folder), seed=config.seed, model=model, sample=sample, score=score
+        ),
+        read=read,
+        more={metric: _function(path, f"{place}.more.{metric}") for metric, path in own.more.items()},
+    )
+
+
+def _function(path: str, place: str) -> FunctionScorer:
+    try:
+        return FunctionScorer(FunctionScorerConfig(path=path))
+    except UserError as error:
+        raise UserError(f"{place}{str(error).removeprefix(FIELD)}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samples and scores
+
+
+def draw(benchmark: Benchmark, options: StageOptions, rescore: bool) -> None:
+    """Samples and scores what is missing."""
+    folder = benchmark.folder
+    anew = f"to evaluate anew, remove {folder}, or name another evaluate.folder"
+    path = folder / "prompts.jsonl"
+    prompts = "".join(to_json(prompt) + "\n" for prompt in benchmark.read.prompts)
+    if not path.is_file() or path.read_text(encoding="utf-8") != prompts:
+        if read_manifest(folder).stage("sample") is not None:
+            raise UserError(
+                f"{path}: the benchmark's prompts are others now, and samples of the old ones are there; {anew}"
+            )
+        make_folder(folder)
+        with disk_errors(folder, "writing prompts"):
+            write_jsonl(path, benchmark.read.prompts)
+    logger.info("evaluate     %s: %s", benchmark.name, _about(benchmark))
+    _drive("sample", benchmark, options, anew)
+    if rescore:
+        forget_stage(folder, "score")  # scores of the earlier scorer stay in the store, under its name
+    _drive("score", benchmark, options, f"{RESCORE} scores the same samples with the scorer as it is now")
+
+
+def _drive(verb: str, benchmark: Benchmark, options: StageOptions, way_out: str) -> None:
+    """Runs a verb on the benchmark's folder; where it refuses other settings, says what to do about it here."""
+    started = read_manifest(benchmark.folder).stage(verb) is not None
+    try:
+        run_stage(verb, benchmark.config, options)
+    except UserError as error:
+        refused = started and "was started here with other settings" in str(error)
+        raise UserError(f"{error}; {way_out}" if refused else f"{error}") from error
+
+
+def estimate(benchmark: Benchmark, options: StageOptions) -> None:
+    """What sampling would take; the folder of the benchmark is left as it is."""
+    logger.info("evaluate     %s: %s", benchmark.name, _about(benchmark))
+    if (benchmark.folder / "prompts.jsonl").is_file():
+        run_stage("sample", benchmark.config, options)
+        return
+    with tempfile.TemporaryDirectory() as root:
+        aside = replace(benchmark, config=replace(benchmark.config, root=root))
+        write_jsonl(aside.folder / "prompts.jsonl", benchmark.read.prompts)
+        run_stage("sample", aside.config, options)
+
+
+def _about(benchmark: Benchmark) -> str:
+    read, titles = benchmark.read, " and ".join(MODE_TITLES[mode] for mode in benchmark.modes)
+    parts = [f"{len(read.prompts):,} prompts in {titles}"]
+    if read.repeated:
+        parts.append(f"{read.repeated:,} repeated ones left out")
+    if read.trained_on:
+        parts.append(f"{read.trained_on:,} of them are in the experiment's training prompts")
+    return ", ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# verdicts and results
+
+
+def judge(benchmark: Benchmark, limit: int | None) -> dict[str, Any]:
+    """Writes the verdicts and the result of each mode, and returns mode -> result."""
+    verdicts = list(make_verdicts(benchmark, benchmark.read.prompts[:limit]))
+    with disk_errors(benchmark.folder, "writing verdicts"):
+        write_jsonl(benchmark.folder / VERDICTS, verdicts)
+    facts = _facts(benchmark, limit)
+    results = {}
+    for mode in MODE_TITLES:
+        path = benchmark.folder / f"{mode}.json"
+        if mode not in benchmark.modes:
+            path.unlink(missing_ok=True)  # of an earlier evaluation with more modes
+            continue
+        results[mode] = {**_result(benchmark, summarize(verdicts, mode, benchmark.metrics), len(verdicts)), **facts}
+        _write_json(path, results[mode])
+    return results
+
+
+def make_verdicts(benchmark: Benchmark, prompts: Sequence[Prompt]) -> Iterator[Verdict]:
+    """One per sample that was asked for and drawn, or that could not be drawn; by prompt, mode and index."""
+    rows = _read_samples(benchmark)
+    scores = _read_scores(benchmark.folder)
+    trace_tokens = _TraceTokens(benchmark.config.model)
+    more = {metric: _judge_more(scorer, prompts, rows) for metric, scorer in benchmark.more.items()}
+    for prompt in prompts:
+        for mode in benchmark.modes:
+            for index in range(benchmark.config.sample.num_samples):
+                row = rows.get((prompt.id, MODE_VIEWS[mode], index))
+                if row is None:
+                    continue  # its prompt reads the same tokens as an earlier one
+                marks = {benchmark.settings.metric: scores.get(row["key"])}
+                marks |= {metric: found.get(row["key"]) for metric, found in more.items()}
+                yield _verdict(benchmark, mode, row, marks, trace_tokens)
+
+
+def _read_samples(benchmark: Benchmark) -> dict[tuple[str, View, int], dict[str, Any]]:
+    """(prompt, view, index) -> the fields of a sample that verdicts need; a failed one where none was drawn."""
+    names = ("key", "prompt_id", "view", "index", "token_ids", "answer", "finish", "error")
+    found: dict[tuple[str, View, int], dict[str, Any]] = {}
+    for place in ("samples", "samples/failed"):
+        for row in RecordStore(benchmark.folder / place, Sample).columns(*names):
+            found.setdefault((row["prompt_id"], row["view"], row["index"]), row)
+    return found
+
+
+def _read_scores(folder: Path) -> dict[str, LastScore]:
+    entry = read_manifest(folder).stage("score")
+    assert entry is not None, f"{folder} was never scored"
+    scorer = scorer_id(entry.config["scorer"], entry.fingerprints["scorer"])
+    rows = RecordStore(folder / "scores", Score, key=score_key).columns(
+        "sample_key", "scorer", "value", "error", "extra"
+    )
+    return last_scores(rows, scorer)
+
+
+def _judge_more(
+    scorer: FunctionScorer, prompts: Sequence[Prompt], rows: Mapping[tuple[str, View, int], Mapping[str, Any]]
+) -> dict[str, LastScore]:
+    """Sample key -> what the function says of its answer; equal answers to one prompt are judged once."""
+    by_id = {prompt.id: prompt for prompt in prompts}
+    keys: dict[tuple[str, str], list[str]] = {}
+    for (prompt_id, _, _), row in rows.items():
+        text = answer_text(row["answer"])
+        if text is not None and prompt_id in by_id:
+            keys.setdefault((prompt_id, text), []).append(row["key"])
+    items = (
+        ScoreItem(key=same[0], messages=by_id[id].messages, answer=text, meta=by_id[id].meta)
+        for (id, text), same in keys.items()
+    )
+    all_keys = {same[0]: same for same in keys.values()}
+    return {
+        key: LastScore(value=outcome.value, error=outcome.error)
+        for outcome in scorer.score(items)
+        for key in all_keys[outcome.key]
+    }
+
+
+def _verdict(
+    benchmark: Benchmark,
+    mode: Mode,
+    row: Mapping[str, Any],
+    marks: Mapping[str, LastScore | None],
+    trace_tokens: _TraceTokens,
+) -> Verdict:
+    values: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    for metric, mark in marks.items():
+        if row["error"] is not None:
+            missing[metric] = f"could not be drawn: {row['error']}"
+        elif answer_text(row["answer"]) is None:
+            value = benchmark.without_answer(metric)
+            if value is None:
+                missing[metric] = "unclosed trace" if row["answer"] is None else "empty answer"
+            else:
+                values[metric] = value
+        elif mark is None or mark.value is None:
+            missing[metric] = "not scored" if mark is None else f"failed to score: {mark.error}"
+        else:
+            values[metric] = mark.value
+    drawn = row["error"] is None
+    return Verdict(
+        prompt_id=row["prompt_id"],
+        mode=mode,
+        index=row["index"],
+        values=values,
+        missing=missing,
+        tokens=len(row["token_ids"]) if drawn else None,
+        trace_tokens=trace_tokens.count(row) if drawn else None,
+        closed=row["answer"] is not None,
+        cut=row["finish"] == "length",
+    )
+
+
+class _TraceTokens:
+    """Counts the tokens of traces, which takes the model's tokenizer."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        from transformers import AutoTokenizer
+
+        path = model.tokenizer or model.path
+        revision = model.revision if path == model.path else None
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=model.trust_remote_code
+        )
+        self._format = resolve_format(self._tokenizer, model.format, model.custom_format)
+
+    def count(self, row: Mapping[str, Any]) -> int | None:
+        """The closing marker included; all tokens where the trace never closed."""
+        if row["answer"] is None:
+            return len(row["token_ids"])
+        return answer_offset(self._tokenizer, self._format, row["view"], row["token_ids"])
+
+
+def _result(benchmark: Benchmark, summary: ModeResult, num_verdicts: int) -> dict[str, Any]:
+    asked = summary.num_prompts * benchmark.config.sample.num_samples
+    assert summary.num_samples <= min(asked, num_verdicts)
+    return {
+        "kind": "evaluation of one mode",
+        "schema": SCHEMA,
+        "benchmark": benchmark.name,
+        "main": benchmark.settings.metric,
+        **to_dict(summary),
+        "without_answer": {metric: benchmark.without_answer(metric) for metric in benchmark.metrics},
+    }
+
+
+def _facts(benchmark: Benchmark, limit: int | None) -> dict[str, Any]:
+    """What the numbers depend on; nothing that differs between two runs of the same command."""
+    manifest = read_manifest(benchmark.folder)
+    sample, score = manifest.stage("sample"), manifest.stage("score")
+    assert sample is not None and score is not None
+    engine = sample.fingerprints["engine"]
+    asked = ("views", "num_samples", "temperature", "top_p", "max_new_tokens", "engine")
+    return {
+        "model": {"path": benchmark.config.model.path, **{key: engine[key] for key in _WEIGHTS if key in engine}},
+        "source": benchmark.settings.source,
+        "prompts": fingerprint_file(benchmark.folder / "prompts.jsonl"),
+        "asked_prompts": len(benchmark.read.prompts[:limit]),
+        "repeated_prompts": benchmark.read.repeated,
+        "trained_on_prompts": benchmark.read.trained_on,
+        "sampling": {key: sample.config["sample"][key] for key in asked},
+        "format": sample.config["format"],
+        "seed": benchmark.config.seed,
+        "scorers": {
+            benchmark.settings.metric: score.fingerprints["scorer"],
+            **{metric: scorer.fingerprint() for metric, scorer in benchmark.more.items()},
+        },
+        "versions": versions(),
+    }
+
+
+def _write_json(path: Path, data: Any) -> None:
+    write_atomically(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,141 @@
+"""``bvpo run CONFIG.toml``: any chain of stages by one command, and comparisons of several methods over several seeds.
+
+Reads ``[run]``. A chain works on the experiment's own folder; a comparison makes an ordinary experiment folder for every
+seed's data and every method, below ``ROOT/NAME/seed-S``. What is finished is skipped, so the same command resumes.
+``--tune`` looks for each method's best settings first. It does no work of a stage itself: it calls the verbs by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bvpo.command import StageOptions, parse_command
+from bvpo.config import ExperimentConfig, dump_toml
+from bvpo.jobs.cost import bounds
+from bvpo.jobs.plan import Job, home, plan
+from bvpo.jobs.pool import Event, has_gpu, run_job, run_jobs
+from bvpo.jobs.tuning import choose, plan_tuning, read_tuned, tuned_toml
+from bvpo.jobs.view import RunView
+from bvpo.store import begin_stage, finish_stage, forget_stage, write_atomically
+from bvpo.strict import UserError, to_dict
+from bvpo.verbs import run_words
+
+logger = logging.getLogger(__name__)
+
+TUNE = "--tune"
+ABOUT = (
+    "Run the stages of [run] and write the report. Finished stages are skipped; run again, it goes on where it stopped. "
+    f"{TUNE} first tries the grid of [run.tune] and writes the best settings of each method to run.tune.file."
+)
+
+
+def main(argv: Sequence[str]) -> int | None:
+    words = [word for word in argv if word != TUNE]
+    config, options = parse_command("run", words, ABOUT)
+    run(config, options, tune=len(words) < len(argv))
+    return None
+
+
+def run(config: ExperimentConfig, options: StageOptions, *, tune: bool = False) -> None:
+    """The whole run; a failed job raises after the jobs at work have ended."""
+    if tune:
+        tune_methods(config, options)
+        if options.dry_run:
+            return
+    jobs = plan(config, read_tuned(config))
+    if options.dry_run:
+        _say_plan(config, jobs, options)
+        if not config.run.methods:
+            _rehearse(jobs[0], options)
+        return
+    folder = home(config)
+    _begin(config, folder)
+    _work(config, jobs, options, "run")
+    finish_stage(folder, "run", counts={"jobs": len(jobs)})
+    run_words("report", [str(folder)])
+
+
+def tune_methods(config: ExperimentConfig, options: StageOptions) -> None:
+    """Runs every cell of the grid, then writes the tuned values and the log of all cells."""
+    jobs, cells = plan_tuning(config)
+    if options.dry_run:
+        _say_plan(config, jobs, options)
+        return
+    _work(config, jobs, options, "tune")
+    tune = config.run.tune
+    best, log = choose(cells, tune.objective)
+    file = Path(tune.file)
+    write_atomically(file, tuned_toml(config, best))
+    header = {"objective": list(tune.objective), "seeds": list(tune.seeds), "settings": tune.settings}
+    write_atomically(file.with_suffix(".log.json"), json.dumps({**header, "cells": log}, indent=1) + "\n")
+    for method, settings in best.items():
+        logger.info("%-16s %s", method, ", ".join(f"{key} = {value}" for key, value in settings.items()))
+    logger.info("tuned        %s", file)
+
+
+def _begin(config: ExperimentConfig, folder: Path) -> None:
+    """The run's own entry; whether settings may change under finished work is for each stage to say."""
+    forget_stage(folder, "run") if folder.is_dir() else None
+    begin_stage(folder, "run", config={"run": to_dict(config.run), "seed": config.seed})
+    if config.run.methods:
+        write_atomically(folder / "config.toml", dump_toml(config))
+
+
+def _work(config: ExperimentConfig, jobs: Sequence[Job], options: StageOptions, title: str) -> None:
+    if not config.run.methods:
+        _chain(jobs[0], options)
+        return
+    gpu = has_gpu()
+    num_workers = config.run.workers or (1 if gpu else len(os.sched_getaffinity(0)))
+    logger.info("bvpo %-8s %d experiments, %d at a time, in %s", title, len(jobs), num_workers, home(config))
+    failures: list[Event] = []
+    with RunView(jobs, title) as view:
+        for event in run_jobs(jobs, options, num_workers, fresh=gpu):
+            view.show(event)
+            failures += [event] if event.kind == "fail" else []
+    if failures:
+        raise UserError(f"{failures[0].job}: {failures[0].text} (running the same command again resumes)")
+    logger.info("%-12s %s", title, view.summary())
+
+
+def _chain(job: Job, options: StageOptions) -> None:
+    """One experiment, in this process, so that each stage shows its own progress."""
+
+    def tell(event: Event) -> None:
+        number = job.verbs.index(event.verb) + 1
+        if event.kind == "start":
+            logger.info("== %d/%d %s", number, len(job.verbs), event.verb)
+        elif event.kind == "skip":
+            logger.info("== %d/%d %s: done before", number, len(job.verbs), event.verb)
+
+    run_job(job, options, tell)
+
+
+def _say_plan(config: ExperimentConfig, jobs: Sequence[Job], options: StageOptions) -> None:
+    logger.info("bvpo run     %d experiments in %s", len(jobs), home(config))
+    for line in bounds(config, options.limit).lines():
+        logger.info("%s", line)
+    for job in jobs:
+        logger.info("  %-28s %s", job.name, ", ".join(job.verbs))
+
+
+def _rehearse(job: Job, options: StageOptions) -> None:
+    """The dry run of every stage whose input is there; the first that lacks it ends the rehearsal."""
+    for verb in job.verbs:
+        logger.info("== %s", verb)
+        try:
+            run_job(dataclasses.replace(job, verbs=(verb,)), options, _silent)
+        except UserError as error:
+            logger.info("%s", error)
+            logger.info("dry run: the stages from here on need what earlier ones write")
+            return
+
+
+def _silent(event: Any) -> None:
+    """Nobody to tell."""

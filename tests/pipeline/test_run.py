@@ -1,0 +1,222 @@
+"""``bvpo run`` and ``bvpo report``: a comparison of real, small trainings, its resumption and its numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from look_fixtures import SCORER, questions, save_talking_model
+
+from bvpo.cli import main
+
+CONFIG = """
+name = "cmp"
+root = "experiments"
+[model]
+path = "model"
+[prompts]
+sources = ["prompts.jsonl"]
+near_duplicates = "none"
+test_fraction = 0.4
+[sample]
+splits = ["train"]
+num_samples = 3
+max_new_tokens = 24
+[score]
+scorer = "function"
+function.path = "scorer.py:score"
+[train]
+quads_per_step = 4
+learning_rate = 1e-3
+save = "no"
+logging_steps = 1
+[evaluate]
+max_new_tokens = 24
+[evaluate.benchmarks.talk]
+source = "split:test"
+metric = "length"
+unclosed.length = 0.0
+[run]
+seeds = [1, 2]
+workers = 2
+stages = ["prompts", "sample", "score", "pair", "analyze", "train", "evaluate"]
+[run.methods.base.evaluate]
+model = "base"
+[run.methods.dpo]
+data.views = ["trace"]
+train.alpha.value = 1.0
+[run.methods.mix]
+train.alpha.value = 0.5
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model, prompts, scorer and config, in which nothing has run."""
+    folder = tmp_path_factory.mktemp("run")
+    save_talking_model(folder / "model")
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in questions(30)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "scorer.py").write_text(SCORER)
+    (folder / "cmp.toml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(home: Path) -> Path:
+    """The experiment's folder after one run of the command, as a user gives it."""
+    done = bvpo(home, "run", "cmp.toml")
+    assert done.returncode == 0, done.stderr
+    return home / "experiments" / "cmp"
+
+
+def bvpo(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bvpo", *words], cwd=folder, capture_output=True, text=True, timeout=100
+    )
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_results_agree_with_the_samples(finished: Path) -> None:
+    """Recomputed here from the sample stores with nothing but numpy. Mutation: a metric of the wrong mode, unclosed
+    responses left out, seeds weighed by their prompts, or a difference that is not paired."""
+    import numpy as np
+
+    from bvpo.records import Prompt, Sample
+    from bvpo.store import RecordStore
+    from bvpo.strict import read_jsonl
+
+    def rewards(seed: int, method: str, view: str) -> dict[str, float]:
+        place = finished / f"seed-{seed}" / method / "eval" / "talk"
+        prompts = [p.id for p in read_jsonl(place / "prompts.jsonl", Prompt)]
+        found: dict[str, float] = {}
+        for sample in RecordStore(place / "samples", Sample):
+            if sample.view == view:
+                answer = sample.answer.strip() if sample.answer is not None else ""
+                if "!" not in answer:  # which the scorer cannot score: such a sample is left out, not 0
+                    found[sample.prompt_id] = float(len(answer))
+        assert 3 <= len(found) <= len(prompts)
+        return found
+
+    data = results(finished)
+    for method in ("base", "dpo", "mix"):
+        for mode, view in (("thinking", "trace"), ("nothinking", "empty")):
+            by_seed = [rewards(seed, method, view) for seed in (1, 2)]
+            expected = np.mean([np.mean(list(values.values())) for values in by_seed])
+            (row,) = [r for r in data["scores"] if (r["method"], r["mode"], r["metric"]) == (method, mode, "length")]
+            assert row["result"]["value"] == pytest.approx(expected, abs=1e-9)
+            assert row["result"]["num_seeds"] == 2
+            if method == "mix":
+                theirs = [rewards(seed, "dpo", view) for seed in (1, 2)]
+                gaps = [
+                    np.mean([a[p] - b[p] for p in a.keys() & b.keys()]) for a, b in zip(by_seed, theirs, strict=True)
+                ]
+                (row,) = [
+                    r for r in data["differences"] if (r["method"], r["mode"], r["metric"]) == (method, mode, "length")
+                ]
+                half = 12.706204736432095 * np.std(gaps, ddof=1) / np.sqrt(2)  # t quantile of one degree of freedom
+                assert row["result"]["value"] == pytest.approx(np.mean(gaps), abs=1e-9)
+                assert row["result"]["seed_high"] == pytest.approx(np.mean(gaps) + half, rel=1e-6, abs=1e-9)
+
+
+def test_budgets_and_drops_are_counted(finished: Path) -> None:
+    """Mutation: the empty view's pairs counted for a method that never sees them."""
+    rows = {row["name"]: row for row in results(finished)["methods"]}
+    assert rows["base"]["trained"] is False
+    assert rows["dpo"]["empty_pairs"] == 0 < rows["mix"]["empty_pairs"]
+    assert rows["dpo"]["tokens"] < rows["mix"]["tokens"]
+
+
+def test_the_page_is_whole(finished: Path) -> None:
+    """Mutation: a page that loads something, or that leaves a method out."""
+    page = (finished / "report.html").read_text()
+    for word in ("dpo", "mix", "Thinking", "NoThinking", "What was found", "bvpo run experiments/cmp/config.toml"):
+        assert word in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page.replace(
+        "https://www.w3.org", ""
+    )
+
+
+def test_a_second_run_finds_everything_done(finished: Path, home: Path) -> None:
+    """Mutation: a stage that is run again, or results that change from run to run."""
+    before = (finished / "results.json").read_bytes(), (finished / "report.html").read_bytes()
+    times = {path: path.stat().st_mtime_ns for path in finished.rglob("verdicts.jsonl")}
+    done = bvpo(home, "run", "cmp.toml")
+    assert done.returncode == 0, done.stderr
+    assert "0 stages in" in done.stderr
+    assert before == ((finished / "results.json").read_bytes(), (finished / "report.html").read_bytes())
+    assert times == {path: path.stat().st_mtime_ns for path in finished.rglob("verdicts.jsonl")}
+
+
+def test_killed_runs_end_the_same(finished: Path, home: Path, tmp_path: Path) -> None:
+    """``kill -9`` of the command at random moments. Mutation: workers that live on, half-written results that count."""
+    again = tmp_path / "again"
+    again.mkdir()
+    for name in ("model", "prompts.jsonl", "scorer.py", "cmp.toml"):
+        (again / name).symlink_to(home / name)
+    moments = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bvpo", "run", "cmp.toml"], cwd=again, stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.wait(timeout=moments.uniform(3.0, 9.0))
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)  # the parent alone: its workers must notice
+            process.wait()
+            assert _all_gone(process.pid), "workers outlived the run"
+    done = bvpo(again, "run", "cmp.toml")
+    assert done.returncode == 0, done.stderr
+    assert results(again / "experiments" / "cmp") == results(finished)
+
+
+def _all_gone(group: int) -> bool:
+    for _ in range(100):
+        if not subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True).stdout.split():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_failing_method_is_named(home: Path, tmp_path: Path) -> None:
+    """Mutation: a run that goes on silently without the failed experiment, or that hides where its log is."""
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for name in ("model", "prompts.jsonl"):
+        (folder / name).symlink_to(home / name)
+    (folder / "scorer.py").write_text("def score(messages, answer):\n    raise ValueError('no')\n")
+    (folder / "cmp.toml").write_text(CONFIG.replace("seeds = [1, 2]", "seeds = [1]"))
+    done = bvpo(folder, "run", "cmp.toml")
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("bvpo: error: seed-1/data: ") and "ValueError: no" in last
+    assert "Traceback" not in done.stderr
+
+
+def test_dry_run_does_nothing(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: folders made by a rehearsal."""
+    monkeypatch.chdir(home)
+    assert main(["run", "cmp.toml", "--dry-run", "--root", str(tmp_path / "x")]) == 0
+    assert not (tmp_path / "x").exists()
+
+
+def test_report_of_nothing(tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Mutation: an empty page instead of one line."""
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "config.toml").write_text(
+        (home / "cmp.toml").read_text().replace('"experiments"', f'"{tmp_path}"')
+    )
+    assert main(["report", str(tmp_path / "e")]) == 2
+    assert "nothing was evaluated yet" in capsys.readouterr().err

@@ -1,0 +1,211 @@
+"""From one config to the jobs of a comparison, its tuning grid and its stamps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bvpo.config import ExperimentConfig, load_config
+from bvpo.core.evaluation import OverSeeds
+from bvpo.core.results import CurveRow, DifferenceRow, MethodRow, Results, ScoreRow
+from bvpo.jobs.cost import bounds
+from bvpo.jobs.plan import grid_cells, nested, plan
+from bvpo.jobs.stamps import Stamps
+from bvpo.jobs.tuning import Cell, choose, plan_tuning, read_tuned, tuned_toml
+from bvpo.store import begin_stage, finish_stage
+from bvpo.strict import UserError
+
+TOML = """
+name = "cmp"
+root = "{root}/experiments"
+seed = 3
+[model]
+path = "m"
+[prompts]
+sources = ["p.jsonl"]
+[train.loss]
+beta = 0.3
+[evaluate.benchmarks.chat]
+source = "split:test"
+[run]
+seeds = [1, 2]
+{run}
+"""
+METHODS = """
+[run.methods.base.evaluate]
+model = "base"
+[run.methods.dpo]
+data.views = ["trace"]
+train.alpha.value = 1.0
+[run.methods.mix]
+train.alpha.value = 0.25
+"""
+TUNE = """
+[run.tune]
+seeds = [8, 9]
+objective = ["chat/thinking/reward"]
+file = "{root}/tuned.toml"
+settings.prompts.count = 5
+same = {{ mix = "dpo" }}
+[run.tune.grid]
+"train.learning_rate" = [1e-4, 1e-3]
+"train.loss.beta+train.warmup_ratio" = [0.1, 0.5]
+"""
+
+
+def config(tmp_path: Path, run: str = METHODS, *flags: str) -> ExperimentConfig:
+    path = tmp_path / "c.toml"
+    path.write_text(
+        TOML.format(root=tmp_path, run=run.replace("{{", "{").replace("}}", "}").replace("{root}", str(tmp_path)))
+    )
+    return load_config(path, flags)
+
+
+def test_a_comparison_is_ordinary_experiments(tmp_path: Path) -> None:
+    """Mutation: methods that share a folder, a method that forgets its settings, a base that is trained."""
+    jobs = {job.name: job for job in plan(config(tmp_path))}
+    assert list(jobs) == [f"seed-{seed}/{name}" for seed in (1, 2) for name in ("data", "base", "dpo", "mix")]
+    assert jobs["seed-2/data"].verbs == ("prompts", "sample", "score", "pair")
+    assert jobs["seed-2/base"].verbs == ("evaluate",)
+    assert jobs["seed-2/mix"].verbs == ("train", "evaluate")
+    mix = jobs["seed-2/mix"].config
+    assert (mix.train.alpha.value, mix.train.loss.beta, mix.seed) == (0.25, 0.3, 2)
+    top = tmp_path / "experiments" / "cmp"
+    assert mix.data.quads == str(top / "seed-2" / "data" / "quads.jsonl")
+    assert jobs["seed-2/mix"].folder == top / "seed-2" / "mix"
+    assert jobs["seed-2/mix"].after == ("seed-2/data",)
+    assert not mix.run.methods, "an ordinary experiment does not know of the comparison"
+    assert mix.train.reference_cache == jobs["seed-2/dpo"].config.train.reference_cache != ""
+
+
+def test_without_methods_the_chain_is_the_job(tmp_path: Path) -> None:
+    """Mutation: a chain that works in another folder."""
+    (job,) = plan(config(tmp_path, ""))
+    assert job.folder == tmp_path / "experiments" / "cmp"
+    assert job.verbs == ("prompts", "sample", "score", "pair", "train", "evaluate")
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ('stages = ["sample", "prompts"]', "in the order of the work"),
+        ('stages = ["smaple"]', "did you mean 'sample'"),
+        ('baseline = "dpoo"' + METHODS, "did you mean 'dpo'"),
+        ("[run.methods.a.train.loss]\nbeat = 1.0", "run.methods.a: unknown field 'train.loss.beat'; did you mean"),
+        ("[run.methods.a.train.loss]\nbeta = -1.0", "run.methods.a: field 'train.loss.beta': got -1.0"),
+        ("[run.methods.data.train.loss]\nbeta = 1.0", "taken by the folder"),
+        (METHODS + TUNE.replace("[8, 9]", "[2]"), "2 is also a seed of the comparison"),
+        (METHODS + TUNE.replace('"dpo" }', '"dpx" }'), "did you mean 'dpo'"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_found_before_any_work(tmp_path: Path, run: str, message: str) -> None:
+    """Mutation: a check that is left to the stage, hours later."""
+    with pytest.raises(UserError) as error:
+        plan(config(tmp_path, run))
+    assert message in str(error.value)
+
+
+def test_tuning_has_its_own_seeds_prompts_and_folders(tmp_path: Path) -> None:
+    """Mutation: tuning on the comparison's prompts, or in its folders."""
+    jobs, cells = plan_tuning(config(tmp_path, METHODS + TUNE))
+    assert all("tuning/seed-" in str(job.folder) for job in jobs)
+    assert {job.config.prompts.count for job in jobs} == {5}
+    assert {job.config.seed for job in jobs} == {8, 9}
+    assert [cell.method for cell in cells] == ["dpo"] * 4, "base is not trained, mix takes dpo's"
+    assert cells[1].settings == {"train.learning_rate": 1e-4, "train.loss.beta": 0.5, "train.warmup_ratio": 0.5}
+    assert len({folder for cell in cells for folder in cell.folders}) == 8
+
+
+def test_the_best_cell_is_written_and_read_again(tmp_path: Path) -> None:
+    """Mutation: the smallest mean, a tie to the later cell, or `same` that is forgotten."""
+    own = config(tmp_path, METHODS + TUNE)
+    cells = []
+    for number, scores in enumerate([(1.0, 2.0), (3.0, 1.0), (2.0, 2.0)]):
+        folders = tuple(tmp_path / f"{number}-{seed}" for seed in (8, 9))
+        for folder, value in zip(folders, scores, strict=True):
+            place = folder / "eval" / "chat"
+            place.mkdir(parents=True)
+            (place / "thinking.json").write_text(json.dumps({"metrics": {"reward": {"estimate": {"value": value}}}}))
+        cells.append(Cell(method="dpo", settings={"train.learning_rate": 10.0**-number}, folders=folders))
+    best, log = choose(cells, own.run.tune.objective)
+    assert best == {"dpo": {"train.learning_rate": 0.1}}
+    assert [row["mean"] for row in log] == [1.5, 2.0, 2.0]
+    (tmp_path / "tuned.toml").write_text(tuned_toml(own, best))
+    assert read_tuned(own) == {"dpo": {"train.learning_rate": 0.1}, "mix": {"train.learning_rate": 0.1}}
+    jobs = {job.name: job for job in plan(own, read_tuned(own))}
+    assert jobs["seed-1/mix"].config.train.learning_rate == 0.1
+    assert jobs["seed-1/mix"].config.train.alpha.value == 0.25
+
+
+def test_grid_values_are_lists(tmp_path: Path) -> None:
+    """Mutation: a single value read as the letters of a word."""
+    own = config(tmp_path, METHODS + TUNE.replace("[0.1, 0.5]", '"ab"'))
+    with pytest.raises(UserError, match="expected a list of values"):
+        grid_cells(own, "dpo")
+
+
+def test_dotted_settings_become_tables() -> None:
+    """Mutation: the later of two settings of one section replaces the section."""
+    assert nested({"a.b": 1, "a.c.d": 2}) == {"a": {"b": 1, "c": {"d": 2}}}
+
+
+def test_stamps_know_what_is_done(tmp_path: Path) -> None:
+    """Mutation: a stage counts as done under other settings, for another model, or before its manifest says so."""
+    own = config(tmp_path, "", "--model.path", str(tmp_path / "m"))
+    (tmp_path / "m").mkdir()
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(b"one")
+    folder = tmp_path / "experiments" / "cmp"
+    begin_stage(folder, "pair", config={})
+    stamps = Stamps(own)
+    stamps.mark("pair")
+    assert not stamps.is_done("pair"), "begun is not finished"
+    finish_stage(folder, "pair", counts={})
+    assert stamps.is_done("pair")
+    assert not stamps.is_done("train")
+    assert not Stamps(own, limit=3).is_done("pair")
+    other = config(tmp_path, "", "--model.path", str(tmp_path / "m"), "--pair.min_margin", "1.0")
+    assert not Stamps(other).is_done("pair")
+    weights.write_bytes(b"two")
+    assert not Stamps(own).is_done("pair")
+
+
+def test_every_shipped_comparison_is_a_plan() -> None:
+    """Mutation: an experiment file with a method that its own checks refuse."""
+    files = sorted(Path("experiments").glob("*.toml"))
+    found: dict[str, Any] = {}
+    for file in files:
+        if not file.name.endswith(".tuned.toml"):
+            own = load_config(file)
+            found[file.stem] = plan(own, read_tuned(own))
+    assert "vignette" in found
+    names = {job.name for job in found["vignette"]}
+    assert {"model", "seed-1/data", "seed-5/bvpo-50-anchor"} <= names
+
+
+def test_bounds_of_a_run(tmp_path: Path) -> None:
+    """Mutation: one view, one seed, or the untrained method counted as training."""
+    (tmp_path / "p.jsonl").write_text("{}\n" * 40)
+    own = config(tmp_path, METHODS, "--prompts.sources", str(tmp_path / "p.jsonl"), "--train.quads_per_step", "16")
+    found = bounds(own)
+    assert (found.seeds, found.trained_methods, found.evaluated_methods) == (2, 2, 3)
+    assert found.samples == 2 * 40 * 2 * 5
+    assert found.steps_per_method == 3
+    assert found.evaluation_samples == 2 * 3 * 40 * 2
+    assert bounds(own, limit=7).samples == 2 * 7 * 2 * 5
+    assert bounds(config(tmp_path, METHODS, "--prompts.sources", "org/set")).samples is None
+    assert any(
+        "not known" in line for line in bounds(config(tmp_path, METHODS, "--prompts.sources", "org/set")).lines()
+    )
+
+
+def test_the_page_names_every_field_of_the_results() -> None:
+    """Mutation: a field of results.json that docs/run.md does not explain."""
+    page = Path("docs/run.md").read_text()
+    for record in (Results, MethodRow, ScoreRow, DifferenceRow, CurveRow, OverSeeds):
+        for field in fields(record):
+            assert f"`{field.name}`" in page, f"{record.__name__}.{field.name}"
