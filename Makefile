@@ -3,6 +3,7 @@
 # make test    the whole test suite
 # make check   what CI runs: format, lint, types, layers, docs, tests
 # make bench   the trainer against its peer, on this machine
+# make prove   every long demonstration; one of them: prove-kill, prove-store, prove-sampling
 
 # The first interpreter of 3.11 or newer; PYTHON=... chooses another.
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,$(shell \
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.built
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help build vignette test check format lint types layers docs bench
+.PHONY: help build vignette test check format lint types layers docs bench prove prove-kill prove-store prove-sampling
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -36,8 +37,11 @@ vignette: build
 	$(VENV)/bin/bvpo run $(CONFIG) --name $(EXP_ID) $(if $(SEED),--seed $(SEED)) $(ARGS)
 	@$(PY) -c 'import os, sys, webbrowser; show = sys.platform == "darwin" or bool(os.environ.get("DISPLAY")); show and webbrowser.open("file://" + os.path.abspath("experiments/$(EXP_ID)/report.html"))'
 
+# Test files are shared out to this many processes; one per CPU core.
+JOBS ?= auto
+
 test: build
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n $(JOBS) --dist loadfile
 
 check: format lint types layers docs test
 
@@ -58,3 +62,15 @@ docs: build
 
 bench: build
 	$(PY) benchmarks/trainer.py
+
+# Each writes a dated file below benchmarks/results; `benchmarks/tables.py` then writes docs/performance.md from them.
+prove: prove-kill prove-store prove-sampling bench
+
+prove-kill: build
+	$(PY) benchmarks/kill_test.py --times 60
+
+prove-store: build
+	$(PY) benchmarks/store.py --records 600000
+
+prove-sampling: build
+	$(PY) benchmarks/sampling.py

@@ -369,7 +369,7 @@ def main() -> int:
     result = {
         "benchmark": "kill",
         "date": today,
-        "command": f"python benchmarks/kill_test.py --times {args.times} --seed {args.seed}",
+        "command": " ".join(["python", "benchmarks/kill_test.py", *sys.argv[1:]]),
         "versions": versions(),
         "machine": {"cpus": os.cpu_count(), "platform": platform.platform()},
         "tolerance": TOLERANCE,

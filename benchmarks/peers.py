@@ -124,7 +124,9 @@ class Ours:
 
     def _start(self, model: Any, tokens: TokenDataset, folder: Path, settings: dict[str, Any]) -> None:
         defaults = {"output_dir": str(folder), "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-        args = BVPOConfig(**(defaults | {"use_cpu": True, "beta": BETA, "bf16": False} | settings))
+        # Runs here have a few steps, and a look in the first would be a large part of them; benchmarks/telemetry.py has it.
+        own = {"use_cpu": True, "beta": BETA, "bf16": False, "telemetry_steps": 0}
+        args = BVPOConfig(**(defaults | own | settings))
         self.trainer = BVPOTrainer(model, args, tokens, processing_class=tokenizer())
 
     def prepare(self) -> Ours:

@@ -92,9 +92,81 @@ def trainer_data() -> str:
 
 
 def store() -> str:
-    phases = newest("store")["phases"]
-    rows = [[p["phase"].replace("_", " "), f"{p['wall_s']:.1f}", f"{p['cpu_s']:.1f}", p["peak_mib"]] for p in phases]
-    return table(["phase", "wall s", "CPU s", "peak MiB"], rows)
+    rows = []
+    for p in newest("store")["phases"]:
+        rate = f"{p['records'] / p['cpu_s']:,.0f}" if p.get("records") else ""
+        parts = [f"{p['bytes'] / 1e9:.2f} GB in {p['files']} files"] if "bytes" in p else []
+        if "key_scan_s" in p:
+            parts.append(f"keys read in {p['key_scan_s']:.1f} s, {p['records']:,} looked up in {p['look_up_s']:.1f} s")
+        row = [p["phase"].replace("_", " "), f"{p['wall_s']:.1f}", f"{p['cpu_s']:.1f}", rate, p["peak_mib"]]
+        rows.append([*row, "; ".join(parts)])
+    return table(["phase", "wall s", "CPU s", "records per CPU s", "peak MiB", ""], rows)
+
+
+def sampling_speed() -> str:
+    record = newest("sampling")
+    rows = []
+    for key, label in (
+        ("tokens_per_cpu_second_engine_over_generate", "responses stop by themselves"),
+        ("the_same_without_stops", "all responses run to the limit"),
+    ):
+        row = record[key]
+        rates = [[pair[side]["tokens_per_cpu_s"] for pair in row["pairs"]] for side in ("generate", "engine")]
+        middle = [f"{sorted(some)[len(some) // 2]:,.0f}" for some in rates]
+        spread = f"{row['min']:.2f} to {row['max']:.2f}"
+        rows.append([label, f"**{row['median']:.2f}x**", spread, len(row["pairs"]), *middle, row["target"]])
+    header = [
+        "80 responses",
+        "engine / generate",
+        "range",
+        "pairs",
+        "generate, tokens/CPU s",
+        "engine, tokens/CPU s",
+        "target",
+    ]
+    flat = record | {"machine": f"{record['machine']['processor']}, {record['machine']['threads']} thread"}
+    return table(header, rows) + source(flat)
+
+
+def sampling_parts() -> str:
+    record = newest("sampling")
+    rows = [
+        [
+            f"draw a token for 80 rows from {row['vocab']:,}",
+            f"{row['draw_ms']:.1f}, of which random numbers {row['noise_ms']:.1f}",
+            f"softmax and multinomial: {row['softmax_multinomial_ms']:.1f}",
+        ]
+        for row in record["draw_of_80_rows"]
+    ]
+    rows += [
+        [
+            f"forward pass of 80 rows after {row['tokens_so_far']:,} tokens",
+            f"{row['slots_ms']:.1f}",
+            f"`DynamicCache`: {row['dynamic_cache_ms']:.1f}",
+        ]
+        for row in record["step_of_80_rows"]
+    ]
+    return table(["one step, CPU ms", "engine", "usual way"], rows)
+
+
+def kills() -> str:
+    record = newest("kill")
+    rows = []
+    for name, row in record["campaigns"].items():
+        during = row["when"].get("with some records stored", 0)
+        wrong = sum(row[fault] for fault in ("lost", "invented", "changed", "duplicates_on_disk", "damaged"))
+        worst = f"{row['largest_difference']:.1e}" if row["largest_difference"] else "0"
+        rows.append([name, row["kills"], during, row["rounds"], row["records_per_round"], wrong, worst])
+    header = [
+        "what is killed",
+        "kills",
+        "of them amid records",
+        "rounds",
+        "records a round",
+        "lost, doubled or changed",
+    ]
+    flat = record | {"machine": f"{record['machine']['cpus']} cores"}
+    return table([*header, "largest difference"], rows) + source(flat)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -103,6 +175,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "trainer-growth": trainer_growth,
     "trainer-data": trainer_data,
     "store": store,
+    "sampling-speed": sampling_speed,
+    "sampling-parts": sampling_parts,
+    "kills": kills,
 }
 
 

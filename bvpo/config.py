@@ -409,25 +409,25 @@ class TinyConfig:
     cups: int = 4
     """Number of cups, in [2, 8]."""
     chain_min: int = 2
-    """Fewest numbers of a sum, or swaps of the cups, >= 2."""
+    """Fewest numbers of a sum, or swaps of the cups, in [2, 10]."""
     chain_max: int = 4
-    """Most numbers or swaps of the preference prompts, >= chain_min."""
+    """Most numbers or swaps of the preference prompts, from chain_min to 10."""
     sft_chain_max: int = 5
-    """Most numbers or swaps of the training examples, >= chain_min."""
+    """Most numbers or swaps of the training examples, from chain_min to 10."""
     benchmark_min: int = 4
-    """Fewest numbers or swaps of a benchmark problem, >= 2."""
+    """Fewest numbers or swaps of a benchmark problem, in [2, 10]."""
     benchmark_max: int = 5
-    """Most numbers or swaps of a benchmark problem, >= benchmark_min."""
+    """Most numbers or swaps of a benchmark problem, from benchmark_min to 10."""
     filler: float = 0.5
-    """Probability of another filler word before a step of a trace, in [0, 0.9]."""
+    """Probability of another filler word before a step of a trace, in [0, 0.8]."""
     false_start: float = 0.15
     """Probability that a step of a trace is begun with a wrong result and taken back, in [0, 1]."""
-    slip: float = 0.1
+    slip: float = 0.05
     """Probability that a step of a trace ends in a wrong result that is not taken back, in [0, 0.5]: what alignment can
     repair or make worse."""
     recheck: float = 0.35
     """Probability that a trace goes through all steps a second time, in [0, 1]."""
-    empty_fraction: float = 0.3
+    empty_fraction: float = 0.4
     """Share of the training examples with an empty trace, in [0, 1]: what NoThinking is learned from."""
     hidden: int = 64
     """Width of the model, >= 8; a multiple of 2 * heads."""
@@ -443,10 +443,12 @@ class TinyConfig:
     """Examples of a step, >= 1."""
     learning_rate: float = 3e-3
     """Peak learning rate of the supervised training, > 0; warm-up over a tenth of the steps, then a cosine."""
-    seed: int = 0
-    """Seed of weights, corpus, prompts and benchmark, in [0, 2**32)."""
+    seed: int = 2
+    """Seed of weights, corpus, prompts and benchmark, in [0, 2**32). Not every seed learns both tasks equally well."""
     num_prompts: int = 8000
     """Preference prompts that are written, >= 1, all different."""
+    num_tuning: int = 2000
+    """Further preference prompts, >= 1, none of them among the others: what settings may be tuned on."""
     num_benchmark: int = 400
     """Benchmark problems that are written, >= 1; neither the corpus nor the preference prompts hold any of them."""
     threads: int = 1
@@ -491,7 +493,7 @@ class EvaluateConfig:
     model: str = ""
     """Model to evaluate: empty takes the experiment's train/final, 'base' takes model.path, else a folder or Hub name."""
     folder: str = "eval"
-    """Folder of the results inside the experiment's; another model needs another one, such as eval-base."""
+    """Folder of the results inside the experiment's; another model needs another one, such as eval_base."""
     modes: tuple[Literal["thinking", "nothinking"], ...] = ("thinking", "nothinking")
     """Which modes are evaluated; one may be added later."""
     num_samples: int = 1
@@ -533,7 +535,7 @@ class RunConfig:
     """`bvpo run`: which stages one command runs, and the comparison of several methods over several seeds."""
 
     stages: tuple[str, ...] = ("prompts", "sample", "score", "pair", "train", "evaluate")
-    """Verbs of the chain, in their order; each is skipped when it is finished."""
+    """Verbs of the chain, in their order; each is skipped when it is finished, 'evaluate' also without benchmarks."""
     seeds: tuple[int, ...] = ()
     """Seeds of a comparison: each has its own prompts, samples, pairs and runs. Empty takes num_seeds of them."""
     num_seeds: int = 1
@@ -716,6 +718,34 @@ RANGES: dict[type, dict[str, Check]] = {
         "top_p": ((lambda v: 0 < v <= 1), "a number above 0, up to 1"),
         "max_new_tokens": _at_least(1),
     },
+    TinyConfig: {
+        "tasks": ((lambda v: bool(v) and len(set(v)) == len(v)), "one or both of add and cups, each once"),
+        "modulus": _between(2, 1000),
+        "cups": _between(2, 8),
+        "chain_min": _between(2, 10),
+        "chain_max": _between(2, 10),
+        "sft_chain_max": _between(2, 10),
+        "benchmark_min": _between(2, 10),
+        "benchmark_max": _between(2, 10),
+        "filler": _between(0, 0.8),
+        "false_start": _between(0, 1),
+        "slip": _between(0, 0.5),
+        "recheck": _between(0, 1),
+        "empty_fraction": _between(0, 1),
+        "hidden": _at_least(8),
+        "layers": _at_least(1),
+        "heads": _at_least(1),
+        "mlp": _at_least(8),
+        "steps": _at_least(1),
+        "batch_size": _at_least(1),
+        "learning_rate": _POSITIVE,
+        "seed": ((lambda v: 0 <= v < 2**32), "0 to 4294967295"),
+        "num_prompts": _at_least(1),
+        "num_tuning": _at_least(1),
+        "num_benchmark": _at_least(1),
+        "threads": _at_least(1),
+        "device": _FILLED,
+    },
     RunConfig: {
         "stages": ((lambda v: bool(v) and all(v)), "names of verbs"),
         "num_seeds": _at_least(1),
@@ -853,6 +883,17 @@ def _score_contradictions(score: ScoreConfig) -> list[tuple[str, str]]:
     return found
 
 
+def _tiny_contradictions(tiny: TinyConfig) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for low, high in (("chain_min", "chain_max"), ("chain_min", "sft_chain_max"), ("benchmark_min", "benchmark_max")):
+        if getattr(tiny, high) < getattr(tiny, low):
+            problem = f"got {getattr(tiny, high)}, expected at least {low}, which is {getattr(tiny, low)}"
+            found.append((high, problem))
+    if tiny.hidden % (2 * tiny.heads):
+        found.append(("hidden", f"got {tiny.hidden}, expected a multiple of 2 * heads, which is {2 * tiny.heads}"))
+    return found
+
+
 def _pair_contradictions(pair: PairConfig) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     if pair.max_pairs is not None and pair.strategy != "all_pairs":
@@ -959,6 +1000,7 @@ _SECTION_CHECKS: dict[type, Callable[[Any], list[tuple[str, str]]]] = {
     ScoreConfig: _score_contradictions,
     JudgeConfig: _judge_contradictions,
     PairConfig: _pair_contradictions,
+    TinyConfig: _tiny_contradictions,
     TrainConfig: _train_contradictions,
     EvaluateConfig: _evaluate_contradictions,
 }

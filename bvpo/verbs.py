@@ -26,6 +26,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "status": ("bvpo.stages.status", "show how far each stage of an experiment is"),
     "inspect": ("bvpo.stages.inspect", "read prompts with their samples, scores and pairs"),
     "compare": ("bvpo.stages.compare", "compare two evaluations prompt by prompt"),
+    "tiny": ("bvpo.stages.tiny", "make a tiny reasoning model and prompts to align it on"),
+    "lab": ("bvpo.stages.lab", "check the theory on models whose every trace is enumerated"),
 }
 """Verb -> (module, one line for ``--help``), in the order of the work."""
 

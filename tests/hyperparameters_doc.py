@@ -31,6 +31,7 @@ RENAMED = {
     "alpha": "train.alpha.value",
     "alpha_schedule": "train.alpha.schedule",
     "alpha_end": "train.alpha.end",
+    "alpha_every": "train.alpha.every",
     "anchor": "train.anchor.kind",
     "anchor_tokens": "train.anchor.tokens",
     "anchor_weight": "train.anchor.weight",

@@ -28,13 +28,13 @@ _HEAD = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AtBatch:
-    """At one number of quads per step: the alpha with the smallest error, and by how much (as a share) it and 0.5 lower the
-    mean squared error of the gradient against the trace view alone (alpha 1)."""
+    """At one number of quads per step: the alpha with the smallest mean squared error of the gradient, that error and the
+    one of alpha 0.5, both over the error of the trace view alone (alpha 1)."""
 
     quads_per_step: int
     alpha: Interval
-    gain: Interval
-    gain_half: Interval
+    error: Interval
+    error_half: Interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +81,8 @@ def analyze(
             AtBatch(
                 quads_per_step=size,
                 alpha=interval(lambda m, size=size: m.alpha(size)),
-                gain=interval(lambda m, size=size: m.gain(size, m.alpha(size))),
-                gain_half=interval(lambda m, size=size: m.gain(size, 0.5)),
+                error=interval(lambda m, size=size: m.error(size, m.alpha(size))),
+                error_half=interval(lambda m, size=size: m.error(size, 0.5)),
             )
             for size in batches
         ),
@@ -162,11 +162,11 @@ class _Moments:
         excess, gap = self._parts(size)
         return 1 - np.clip(excess / gap, 0, 1)
 
-    def gain(self, size: float, alpha: Floats | float) -> Floats:
-        """1 - MSE(alpha) / MSE(1)."""
+    def error(self, size: float, alpha: Floats | float) -> Floats:
+        """MSE(alpha) / MSE(1), from  g_c - mu = (g_t - mu) - (1 - alpha) (g_t - g_e)."""
         excess, gap = self._parts(size)
         rest = 1 - alpha
-        return (2 * rest * excess - rest**2 * gap) / (self.v_t / size)
+        return 1 - (2 * rest * excess - rest**2 * gap) / (self.v_t / size)
 
 
 def _interval(

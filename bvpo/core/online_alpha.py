@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -112,6 +113,19 @@ def cosine(values: Mapping[str, float]) -> float | None:
 def is_far(drift: float, beta: float) -> bool:
     """Whether a policy with this mean |log-ratio| is outside of the reference's neighbourhood."""
     return drift > MOST_DRIFT or beta * drift > MOST_REWARD_DRIFT
+
+
+def doubt_of_sampling(sampling: Mapping[str, Any]) -> str | None:
+    """Why traces sampled with these settings (``temperature``, ``top_p``, ``top_k``) make the trace view biased even at the
+    reference; None where they do not, or nothing is known."""
+    usual = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    other = [f"{name} {sampling[name]:g}" for name, value in usual.items() if sampling.get(name, value) != value]
+    if not other:
+        return None
+    return (
+        f"the traces were sampled with {', '.join(other)}: the trace view is a little biased even at the reference, and "
+        "alpha comes out a little off"
+    )
 
 
 class OnlineAlpha:

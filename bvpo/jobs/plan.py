@@ -47,7 +47,7 @@ def plan(config: ExperimentConfig, tuned: Mapping[str, Mapping[str, Any]] | None
     """All jobs in an order in which they can be done. ``tuned`` holds settings by method that win over its own."""
     check_run(config)
     if not config.run.methods:
-        return [Job(name=config.name, config=config, verbs=config.run.stages)]
+        return [Job(name=config.name, config=config, verbs=stages_of(config))]
     jobs = list(_shared_jobs(config))
     shared = tuple(job.name for job in jobs)
     for seed in seeds_of(config):
@@ -60,6 +60,11 @@ def plan(config: ExperimentConfig, tuned: Mapping[str, Mapping[str, Any]] | None
 def seeds_of(config: ExperimentConfig) -> tuple[int, ...]:
     """The seeds of a comparison."""
     return config.run.seeds or tuple(range(config.seed, config.seed + config.run.num_seeds))
+
+
+def stages_of(config: ExperimentConfig) -> tuple[str, ...]:
+    """The verbs of the chain; nothing is evaluated without a benchmark."""
+    return tuple(verb for verb in config.run.stages if verb != "evaluate" or config.evaluate.benchmarks)
 
 
 def check_run(config: ExperimentConfig) -> None:
@@ -91,7 +96,7 @@ def check_run(config: ExperimentConfig) -> None:
 
 
 def _shared_jobs(config: ExperimentConfig) -> Iterator[Job]:
-    verbs = tuple(verb for verb in config.run.stages if verb in SHARED)
+    verbs = tuple(verb for verb in stages_of(config) if verb in SHARED)
     if verbs:
         yield Job(name="model", config=_alone(config, root=str(home(config)), name="model"), verbs=verbs)
 
@@ -103,7 +108,7 @@ def home(config: ExperimentConfig) -> Path:
 def data_job(config: ExperimentConfig, seed: int, after: tuple[str, ...]) -> Job:
     """The stages up to pairing, for all methods of one seed."""
     own = _alone(config, root=str(home(config) / f"seed-{seed}"), name=DATA_FOLDER, seed=seed)
-    verbs = tuple(verb for verb in config.run.stages if verb in DATA)
+    verbs = tuple(verb for verb in stages_of(config) if verb in DATA)
     return Job(name=f"seed-{seed}/{DATA_FOLDER}", config=own, verbs=verbs, after=after)
 
 
@@ -113,7 +118,7 @@ def method_job(
     """Training and evaluation of one method on one seed's pairs."""
     own = method_config(config, name, config.run.methods[name], tuned)
     own = _alone(own, root=str(home(config) / f"seed-{seed}"), name=folder or name, seed=seed)
-    verbs = tuple(verb for verb in config.run.stages if verb in METHOD)
+    verbs = tuple(verb for verb in stages_of(config) if verb in METHOD)
     if own.evaluate.model:  # something that is there already
         verbs = tuple(verb for verb in verbs if verb != "train")
     if not own.train.reference_cache:

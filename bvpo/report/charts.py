@@ -47,13 +47,15 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """One line of a :func:`curve_chart`; ``low`` and ``high`` are drawn as bars at every point."""
+    """One line of a :func:`curve_chart`; ``low`` and ``high`` are drawn as bars at every point, ``mark`` is a point of it
+    that stands out, such as its minimum."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    mark: tuple[float, float] | None = None
 
 
 def dot_chart(
@@ -70,7 +72,7 @@ def dot_chart(
             axes.plot([point.value], [place], marker, color=color, markersize=7)
         if log:
             axes.set_xscale("log")
-            _plain_log_ticks(axes, [v for p in points for v in (p.value, p.low, p.high) if v is not None])
+            _plain_log_ticks(axes.xaxis, [v for p in points for v in (p.value, p.low, p.high) if v is not None])
         axes.set_yticks(range(len(points)), [point.label for point in points])
         axes.set_ylim(len(points) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
@@ -80,8 +82,10 @@ def dot_chart(
     return done.svg
 
 
-def curve_chart(curves: Sequence[Curve], *, x_label: str, y_label: str, log: bool = False, salt: str) -> Markup:
-    """Lines over a common axis, told apart by colour and dashes."""
+def curve_chart(
+    curves: Sequence[Curve], *, x_label: str, y_label: str, log: bool = False, log_y: bool = False, salt: str
+) -> Markup:
+    """Lines over a common axis, told apart by colour and dashes; ``log`` is the x axis."""
     with _figure(height=3.3, salt=salt) as (figure, axes, done):
         for number, curve in enumerate(curves):
             axes.plot(
@@ -90,9 +94,16 @@ def curve_chart(curves: Sequence[Curve], *, x_label: str, y_label: str, log: boo
             )  # fmt: skip
             if curve.low is not None and curve.high is not None:
                 axes.vlines(curve.x, curve.low, curve.high, color=COLORS[number % len(COLORS)], linewidth=1.5)
+            if curve.mark is not None:
+                axes.plot(
+                    *curve.mark, _MARKERS[number % len(_MARKERS)], color=COLORS[number % len(COLORS)], markersize=8
+                )
         if log:
             axes.set_xscale("log")
-            _plain_log_ticks(axes, [x for curve in curves for x in curve.x])
+            _plain_log_ticks(axes.xaxis, [x for curve in curves for x in curve.x])
+        if log_y:
+            axes.set_yscale("log")
+            _plain_log_ticks(axes.yaxis, [y for curve in curves for y in curve.y])
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(color=_FAINT, linewidth=0.6, alpha=0.5)
@@ -133,7 +144,7 @@ def _figure(height: float, salt: str) -> Iterator[tuple[Any, Any, _Done]]:
         yield figure, figure.add_subplot(), _Done(salt)
 
 
-def _plain_log_ticks(axes: Any, values: Sequence[float]) -> None:
+def _plain_log_ticks(axis: Any, values: Sequence[float]) -> None:
     """Ticks such as 0.5, 1, 2, 5, 10 instead of powers, as many as are readable."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
@@ -143,10 +154,10 @@ def _plain_log_ticks(axes: Any, values: Sequence[float]) -> None:
         locator: Any = MaxNLocator(6)
     else:
         locator = LogLocator(base=10, subs=(1.0,) if spread > 300 else (1.0, 2.0, 5.0))
-    axes.xaxis.set_major_locator(locator)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(locator)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _embeddable(svg: str, salt: str) -> str:

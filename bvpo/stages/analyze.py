@@ -7,6 +7,7 @@ left out. The same samples give the same files. It changes no sample and needs n
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import sys
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int | None:
     parser.add_argument(
         "--gradients",
         action="store_true",
-        help="instead: would mixing the views help a model? 'bvpo analyze --gradients MODEL QUADS'; --help with it says more",
+        help="instead: would mixing the views help a model? 'bvpo analyze --gradients MODEL QUADS'; --help there says more",
     )
     count = whole_number(1)
     parser.add_argument(
@@ -102,15 +103,22 @@ def _gradients(argv: Sequence[str]) -> None:
     from bvpo.training.gradient_analysis import Request, report
 
     as_json, _ = options.pop("json"), options.pop("debug")
-    found = report(Request(num_resamples=options.pop("resamples"), **options), show_progress=sys.stderr.isatty())
+    sampled = read_manifest(Path(options["quads"]).parent).stage("sample")
+    request = Request(
+        num_resamples=options.pop("resamples"), sampling=sampled.config.get("sample", {}) if sampled else {}, **options
+    )
+    found = report(request, show_progress=sys.stderr.isatty())
     text = json.dumps(found.to_dict(), indent=1, allow_nan=False) if as_json else "\n".join(found.lines())
     sys.stdout.write(text + "\n")
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
     return value
 
 
@@ -401,7 +409,7 @@ def _point_row(point: Point) -> tuple[str, ...]:
     return (point.label, number(point.value), number(point.low), number(point.high))
 
 
-def _ecdf(ordered: np.ndarray) -> dict[str, list[float]]:
+def _ecdf(ordered: np.ndarray) -> dict[str, Any]:
     """A step curve of at most so many points through sorted values."""
     shares = np.linspace(0, 1, min(_CURVE_POINTS, len(ordered) + 1))
     values = np.quantile(ordered, shares, method="inverted_cdf")

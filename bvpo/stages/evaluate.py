@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bvpo.command import StageOptions, parse_command
@@ -38,7 +39,6 @@ from bvpo.scorers.function import FIELD, FunctionScorer
 from bvpo.store import (
     RecordStore,
     begin_stage,
-    differences,
     finish_stage,
     forget_stage,
     read_manifest,
@@ -87,15 +87,13 @@ def run(config: ExperimentConfig, options: StageOptions, *, rescore: bool = Fals
         logger.info("dry run: nothing was evaluated")
         return
     stage = "evaluate" if settings.folder == "eval" else f"evaluate {settings.folder}"
-    identity = {"evaluate": to_dict(settings), "model": model.path, "seed": config.seed}
-    make_folder(folder)
-    earlier = read_manifest(folder).stage(stage)
-    if earlier is not None and differences(earlier.config, identity):
-        forget_stage(folder, stage)  # it would call finished what is not
+    for benchmark in benchmarks:
+        require_prompts(benchmark)
     for benchmark in benchmarks:
         draw(benchmark, options, rescore)
+    make_folder(folder)
     forget_stage(folder, stage)  # results are made anew; samples and scores keep their own entries
-    begin_stage(folder, stage, config=identity)
+    begin_stage(folder, stage, config={"evaluate": to_dict(settings), "model": model.path, "seed": config.seed})
     write_atomically(folder / "config.toml", dump_toml(config))
     results = {benchmark.name: judge(benchmark, options.limit) for benchmark in benchmarks}
     _write_json(folder / settings.folder / RESULTS, {"kind": "evaluation", "schema": SCHEMA, "benchmarks": results})
@@ -209,25 +207,32 @@ def _function(path: str, place: str) -> FunctionScorer:
 # samples and scores
 
 
+def require_prompts(benchmark: Benchmark) -> None:
+    """Writes the benchmark's prompts; refuses to when there are samples of others."""
+    path = benchmark.folder / "prompts.jsonl"
+    prompts = "".join(to_json(prompt) + "\n" for prompt in benchmark.read.prompts)
+    if path.is_file() and path.read_text(encoding="utf-8") == prompts:
+        return
+    if read_manifest(benchmark.folder).stage("sample") is not None:
+        raise UserError(
+            f"{path}: the benchmark's prompts are others now, and samples of the old ones are there; {_anew(benchmark)}"
+        )
+    make_folder(benchmark.folder)
+    with disk_errors(benchmark.folder, "writing prompts"):
+        write_jsonl(path, benchmark.read.prompts)
+
+
 def draw(benchmark: Benchmark, options: StageOptions, rescore: bool) -> None:
     """Samples and scores what is missing."""
-    folder = benchmark.folder
-    anew = f"to evaluate anew, remove {folder}, or name another evaluate.folder"
-    path = folder / "prompts.jsonl"
-    prompts = "".join(to_json(prompt) + "\n" for prompt in benchmark.read.prompts)
-    if not path.is_file() or path.read_text(encoding="utf-8") != prompts:
-        if read_manifest(folder).stage("sample") is not None:
-            raise UserError(
-                f"{path}: the benchmark's prompts are others now, and samples of the old ones are there; {anew}"
-            )
-        make_folder(folder)
-        with disk_errors(folder, "writing prompts"):
-            write_jsonl(path, benchmark.read.prompts)
     logger.info("evaluate     %s: %s", benchmark.name, _about(benchmark))
-    _drive("sample", benchmark, options, anew)
+    _drive("sample", benchmark, options, _anew(benchmark))
     if rescore:
-        forget_stage(folder, "score")  # scores of the earlier scorer stay in the store, under its name
+        forget_stage(benchmark.folder, "score")  # scores of the earlier scorer stay in the store, under its name
     _drive("score", benchmark, options, f"{RESCORE} scores the same samples with the scorer as it is now")
+
+
+def _anew(benchmark: Benchmark) -> str:
+    return f"to evaluate anew, remove {benchmark.folder}, or name another evaluate.folder"
 
 
 def _drive(verb: str, benchmark: Benchmark, options: StageOptions, way_out: str) -> None:
@@ -272,13 +277,14 @@ def judge(benchmark: Benchmark, limit: int | None) -> dict[str, Any]:
     with disk_errors(benchmark.folder, "writing verdicts"):
         write_jsonl(benchmark.folder / VERDICTS, verdicts)
     facts = _facts(benchmark, limit)
+    _warn_of_rewarded_silence(benchmark, verdicts)
     results = {}
     for mode in MODE_TITLES:
         path = benchmark.folder / f"{mode}.json"
         if mode not in benchmark.modes:
             path.unlink(missing_ok=True)  # of an earlier evaluation with more modes
             continue
-        results[mode] = {**_result(benchmark, summarize(verdicts, mode, benchmark.metrics), len(verdicts)), **facts}
+        results[mode] = {**_result(benchmark, summarize(verdicts, mode, benchmark.metrics)), **facts}
         _write_json(path, results[mode])
     return results
 
@@ -398,9 +404,20 @@ class _TraceTokens:
         return answer_offset(self._tokenizer, self._format, row["view"], row["token_ids"])
 
 
-def _result(benchmark: Benchmark, summary: ModeResult, num_verdicts: int) -> dict[str, Any]:
-    asked = summary.num_prompts * benchmark.config.sample.num_samples
-    assert summary.num_samples <= min(asked, num_verdicts)
+def _warn_of_rewarded_silence(benchmark: Benchmark, verdicts: Sequence[Verdict]) -> None:
+    """A response without an answer must not count more than one with an answer does."""
+    for metric in benchmark.metrics:
+        value = benchmark.without_answer(metric)
+        real = [float(one.values[metric]) for one in verdicts if one.closed and metric in one.values]
+        if value is not None and real and len(real) < len(verdicts) and value > fmean(real):
+            logger.warning(
+                "evaluate     %s, %s: a response without an answer counts %g, and one with an answer %g on average; "
+                "evaluate.benchmarks.%s.unclosed.%s sets another number, or 'none' to leave it out",
+                benchmark.name, metric, value, fmean(real), benchmark.name, metric,
+            )  # fmt: skip
+
+
+def _result(benchmark: Benchmark, summary: ModeResult) -> dict[str, Any]:
     return {
         "kind": "evaluation of one mode",
         "schema": SCHEMA,

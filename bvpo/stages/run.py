@@ -18,7 +18,7 @@ from typing import Any
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
 from bvpo.jobs.cost import bounds
-from bvpo.jobs.plan import Job, home, plan
+from bvpo.jobs.plan import Job, home, plan, stages_of
 from bvpo.jobs.pool import Event, has_gpu, run_job, run_jobs
 from bvpo.jobs.tuning import choose, plan_tuning, read_tuned, tuned_toml
 from bvpo.jobs.view import RunView
@@ -58,7 +58,10 @@ def run(config: ExperimentConfig, options: StageOptions, *, tune: bool = False) 
     _begin(config, folder)
     _work(config, jobs, options, "run")
     finish_stage(folder, "run", counts={"jobs": len(jobs)})
-    run_words("report", [str(folder)])
+    if "evaluate" in stages_of(config):
+        run_words("report", [str(folder)])
+    else:
+        logger.info("report       none: no benchmark is set in [evaluate.benchmarks]")
 
 
 def tune_methods(config: ExperimentConfig, options: StageOptions) -> None:

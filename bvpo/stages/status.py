@@ -1,7 +1,8 @@
 """``bvpo status EXPERIMENT``: how far each stage of an experiment is.
 
 Reads the folder and changes nothing; works on empty and half-made folders and while stages run. What is done is counted in
-the data itself, never taken from notes about it. Out: a plain table, or JSON with ``--json``. It starts and repairs nothing.
+the data itself, never taken from notes about it. Out: a plain table, or JSON with ``--json``. ``--verify`` reads every
+stored byte, and ``--repair`` drops what is damaged; it starts no stage.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ from bvpo.core.scores import NO_ANSWER, score_key, scorer_id
 from bvpo.look import LookParser, parse_look
 from bvpo.records import Prompt, Sample, Score
 from bvpo.store import Manifest, RecordStore, StageEntry, StoreStats, read_manifest
+from bvpo.store.checking import StoreCheck, check_store
 from bvpo.store.live import LiveFile, is_active
 from bvpo.strict import UserError, read_jsonl
 
-ABOUT = "Show per stage what is done, what failed, what is left and how fast it goes. Changes nothing."
+ABOUT = (
+    "Show per stage what is done, what failed, what is left and how fast it goes. Changes nothing (but for --repair). "
+    "Exit code 1: --verify found damage."
+)
 NOT_STARTED, UNFINISHED, RUNNING, FINISHED = "not started", "unfinished", "running", "finished"
 _STAMP = re.compile(r"(\d{20})-.*\.jsonl")
 
@@ -46,14 +51,32 @@ class StageStatus:
 def main(argv: Sequence[str]) -> int | None:
     parser = LookParser("status", ABOUT)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--verify", action="store_true", help="check every record and shard against its checksum")
+    parser.add_argument("--repair", action="store_true", help="verify, and drop what is damaged, to be made again")
     folder, options = parse_look(parser, argv)
+    checks = verify(folder, repair=options.repair) if options.verify or options.repair else []
     stages = examine(folder)
     if options.json:
-        text = json.dumps({"experiment": str(folder), "stages": [asdict(stage) for stage in stages]}, indent=1) + "\n"
+        found: dict[str, Any] = {"experiment": str(folder), "stages": [asdict(stage) for stage in stages]}
+        if checks:
+            found["stores"] = [asdict(check) for check in checks]
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
     else:
-        text = table(folder, stages)
-    sys.stdout.write(text)
-    return None
+        sys.stdout.write(table(folder, stages) + check_table(checks))
+    return 1 if any(check.problems for check in checks) else None
+
+
+def verify(folder: Path, *, repair: bool) -> list[StoreCheck]:
+    """Every store of the experiment, checked byte by byte."""
+    manifest = read_manifest(folder)
+    stores: list[tuple[str, str, RecordStore[Any]]] = [
+        ("samples", "sample", RecordStore(folder / "samples", Sample)),
+        ("samples/failed", "", RecordStore(folder / "samples" / "failed", Sample)),
+        ("scores", "score", RecordStore(folder / "scores", Score, key=score_key)),
+    ]
+    shards = {name: entry.shards for name, stage, _ in stores if (entry := manifest.stage(stage)) is not None}
+    found = [(name, store) for name, _, store in stores if store.folder.is_dir()]
+    return [check_store(store, name, shards.get(name, ()), repair=repair) for name, store in found]
 
 
 def examine(folder: Path) -> list[StageStatus]:
@@ -84,8 +107,11 @@ def sample_status(folder: Path, manifest: Manifest) -> StageStatus:
     if state == NOT_STARTED:
         return StageStatus(stage="sample")
     asked = _asked(folder, entry)
-    finished = entry is not None and entry.finished is not None
-    left = 0 if finished else None if asked is None else max(0, asked - len(store) - failed)
+    shared = int(entry.counts.get("shared", 0)) if entry is not None else 0  # of prompts that read alike
+    left = None if asked is None else max(0, asked - shared - len(store) - failed)
+    if state == FINISHED:
+        left = left or 0
+        state = UNFINISHED if left else FINISHED  # records were lost since
     return StageStatus(
         stage="sample",
         state=state,
@@ -337,6 +363,23 @@ def table(folder: Path, stages: Iterable[StageStatus]) -> str:
         left = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
         right = [row[column].rjust(widths[column]) for column in range(2, 6)]
         lines.append("  ".join([*left, *right, row[6]]).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def check_table(checks: Sequence[StoreCheck]) -> str:
+    """What reading every byte has found; nothing where nothing was checked."""
+    if not checks:
+        return ""
+    lines = [""]
+    for check in checks:
+        files = f"shards {check.num_shards:,}, live files {check.num_live:,}, bytes {check.num_bytes:,}"
+        lines.append(f"{check.store}: records {check.num_records:,}, {files}")
+        lines += [f"  dropped: {dropped}" for dropped in check.dropped]
+        lines += [f"  DAMAGED: {problem}" for problem in check.problems]
+    if any(check.problems for check in checks):
+        lines.append("--repair drops what shards have lost; then the stage's own command makes it again")
+    else:
+        lines.append("every checksum holds")
     return "\n".join(lines) + "\n"
 
 

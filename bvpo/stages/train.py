@@ -20,7 +20,7 @@ from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
 from bvpo.records import VIEWS
 from bvpo.store.disk import write_atomically
-from bvpo.store.manifest import begin_stage, finish_stage, forget_stage
+from bvpo.store.manifest import begin_stage, finish_stage, forget_stage, read_manifest
 from bvpo.strict import UserError
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def _tokens(config: ExperimentConfig, args: Any, tokenizer: Any, model_config: A
     found = []
     with args.main_process_first(local=False, desc="tokenising"):
         for source in (sets.train, sets.eval):
-            target = Path(args.output_dir) / "tokens"
+            target = Path(args.output_dir) / "_tokens"  # transformers uploads nothing that starts so
             found.append(None if source is None else prepare_tokens(source, tokenizer, fmt, settings, target))
     return found[0], found[1]
 
@@ -178,6 +178,8 @@ def _say(config: ExperimentConfig, args: Any, estimate: Any, train_tokens: Any, 
         "objective    %s, alpha %g (%s), trace estimator %s, anchor %s",
         args.loss, args.alpha, args.alpha_schedule, args.trace_estimator, args.anchor,
     )  # fmt: skip
+    if args.alpha_schedule == "auto" and (doubt := _doubt_of_sampling(config)):
+        logger.warning("alpha 'auto': %s", doubt)
     for line in estimate.lines():
         logger.info("%s", line)
     if args.alpha_schedule == "constant" and args.alpha in (0, 1) and len(config.data.views) == 2:
@@ -188,6 +190,14 @@ def _say(config: ExperimentConfig, args: Any, estimate: Any, train_tokens: Any, 
             views = tokens.has_view.sum(axis=0)
             dropped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(tokens.drops.items())) or "none"
             logger.info("%-12s %d trace pairs, %d empty pairs; dropped: %s", name, views[0], views[1], dropped)
+
+
+def _doubt_of_sampling(config: ExperimentConfig) -> str | None:
+    """From the manifest beside the quads, where an experiment made them."""
+    from bvpo.core.online_alpha import doubt_of_sampling
+
+    entry = read_manifest(Path(config.data.quads).parent).stage("sample") if config.data.quads else None
+    return None if entry is None else doubt_of_sampling(entry.config.get("sample", {}))
 
 
 def _finish(trainer: Any, output: Path, seconds: float, tokens: Any) -> None:

@@ -35,8 +35,8 @@ ITEM_FIELDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where prompts come from and which columns count; ``id_column`` may be empty. ``config`` names one of several sets under
-    one Hub name. ``with_rest``: the other columns are wanted, too."""
+    """Where prompts come from and which columns count; ``id_column`` may be empty. ``config`` names one of several sets
+    under one Hub name. ``with_rest``: the other columns are wanted, too."""
 
     path: str
     split: str = "train"

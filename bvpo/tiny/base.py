@@ -11,15 +11,15 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bvpo.config import TinyConfig
-from bvpo.strict import UserError, to_dict, write_jsonl
+from bvpo.strict import UserError
 from bvpo.tiny import sft
 from bvpo.tiny.measure import measure_base
 from bvpo.tiny.tasks import STYLES, TASKS, UNITS, Ask, draw_ask
@@ -32,9 +32,11 @@ _SURE_TO_EXIST = 0.5  # most of all different prompts that may be asked for, so 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Material:
-    """The prompts to align on and the benchmark problems; the latter are in no prompt and in no training example."""
+    """The prompts to align on, others to tune on, and the benchmark problems; the latter are in no prompt and in no training
+    example."""
 
     prompts: tuple[Ask, ...]
+    tuning: tuple[Ask, ...]
     benchmark: tuple[Ask, ...]
 
     @property
@@ -63,13 +65,17 @@ def draw_material(tiny: TinyConfig) -> Material:
     lengths = (tiny.chain_min, tiny.chain_max)
     problems = sum(TASKS[task].count(n, sizes) for task in tiny.tasks for n in range(lengths[0], lengths[1] + 1))
     texts = (problems - tiny.num_benchmark) * len(UNITS) * (1 + len(STYLES))
-    _require(tiny.num_prompts, "num_prompts", texts, "prompts of these lengths")
+    wanted = tiny.num_prompts + tiny.num_tuning
+    _require(wanted, "num_prompts and tiny.num_tuning", texts, "prompts of these lengths")
     prompts: dict[str, Ask] = {}
-    while len(prompts) < tiny.num_prompts:
+    while len(prompts) < wanted:
         ask = draw_ask(rng, tiny.tasks, lengths, sizes, styled=True)
         if ask.problem.words not in benchmark:
             prompts.setdefault(ask.text, ask)
-    return Material(prompts=tuple(prompts.values()), benchmark=tuple(benchmark.values()))
+    asks = tuple(prompts.values())
+    return Material(
+        prompts=asks[: tiny.num_prompts], tuning=asks[tiny.num_prompts :], benchmark=tuple(benchmark.values())
+    )
 
 
 def _require(wanted: int, name: str, there: int, what: str) -> None:
@@ -78,9 +84,13 @@ def _require(wanted: int, name: str, there: int, what: str) -> None:
         raise UserError(f"tiny.{name}: got {wanted:,}, expected at most {most:,}, half of all different {what}")
 
 
+def tokenizer_of(tiny: TinyConfig) -> Any:
+    return make_tokenizer(tiny.modulus, tiny.cups, max(tiny.chain_max, tiny.sft_chain_max, tiny.benchmark_max))
+
+
 def estimate(tiny: TinyConfig) -> Cost:
     """The cost of training, from a few hundred examples and a model without memory."""
-    tokenizer = make_tokenizer(tiny.modulus, tiny.cups)
+    tokenizer = tokenizer_of(tiny)
     with torch.device("meta"):
         model = sft.new_model(tiny, tokenizer)
     rng = random.Random(tiny.seed)
@@ -93,15 +103,30 @@ def estimate(tiny: TinyConfig) -> Cost:
 
 def make_base(folder: Path, tiny: TinyConfig, material: Material, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Trains, writes all files into ``folder``, measures, and returns what ``tiny.json`` says."""
-    tokenizer = make_tokenizer(tiny.modulus, tiny.cups)
+    tokenizer = tokenizer_of(tiny)
     model = sft.train(tiny, tokenizer, material.held_out)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_jsonl(folder / "prompts.jsonl", _prompt_rows(material))
-    write_jsonl(folder / "benchmark.jsonl", _benchmark_rows(material))
+    _write_rows(folder / "prompts.jsonl", _rows("prompt", material.prompts))
+    _write_rows(folder / "tuning.jsonl", _rows("tuning", material.tuning))
+    benchmark = zip(_rows("benchmark", material.benchmark), material.benchmark, strict=True)
+    _write_rows(folder / "benchmark.jsonl", ({**row, "reference": ask.problem.result} for row, ask in benchmark))
     measured = measure_base(folder, material.prompts[:_MEASURED], material.benchmark[:_MEASURED])
     files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
     parameters = sum(p.numel() for p in model.parameters())
     said = {**identity, "parameters": parameters, "measured": measured, "files": files}
     (folder / DESCRIPTION).write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return said
+
+
+def _rows(name: str, asks: Sequence[Ask]) -> Iterator[dict[str, Any]]:
+    for number, ask in enumerate(asks):
+        yield {"id": f"{name}-{number:05d}", "messages": [{"role": "user", "content": ask.text}]}
+
+
+def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -36,7 +36,7 @@ class Answered:
 
 
 def measure_base(folder: Path, prompts: Sequence[Ask], benchmark: Sequence[Ask]) -> dict[str, Any]:
-    """All numbers of ``tiny.json``: preference prompts at the temperature of sampling, the benchmark at that of evaluation."""
+    """All numbers of ``tiny.json``: prompts at the temperature of sampling, the benchmark at that of evaluation."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -23,7 +23,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from bvpo.config import TinyConfig
 from bvpo.core.formats import get_format, view_prompt
 from bvpo.records import VIEWS, Message, View
-from bvpo.tiny.corpus import Noise, write, write_answer, write_trace
+from bvpo.tiny.corpus import Noise, write_answer, write_trace
 from bvpo.tiny.tasks import Ask, Sizes, draw_ask
 
 logger = logging.getLogger(__name__)

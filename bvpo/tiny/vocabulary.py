@@ -6,14 +6,14 @@ before it, so decoding gives the very text back and pieces of text can be encode
 
 from __future__ import annotations
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bvpo.tiny.corpus import CHECK, CONCLUSION, EQUALS, FILLERS, RETRACTION
 from bvpo.tiny.reward import CLOSER, HESITATION, OPENERS, PHRASE
 from bvpo.tiny.tasks import CUP_NAMES, ORDINALS, STYLES, TASKS, UNITS
 
-BOS, EOS, PAD, UNKNOWN = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<pad>", "<unk>"
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<|endoftext|>"
 MARKERS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}"
@@ -32,20 +32,24 @@ def words(modulus: int, cups: int, longest: int) -> list[str]:
 
 
 def make_tokenizer(modulus: int, cups: int, longest: int) -> PreTrainedTokenizerFast:
-    """The tokenizer for problems up to these sizes; ``longest`` is the most numbers or swaps."""
-    # "a" and "b" at the start of a text: what tells that text may be encoded piece by piece
-    tokens = [PAD, BOS, EOS, UNKNOWN, "\n", "a", "b", *TASKS, *(f" {word}" for word in words(modulus, cups, longest))]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), behavior="isolated")  # type: ignore[assignment]
-    tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
-    tokenizer.add_special_tokens([PAD, BOS, EOS, UNKNOWN])
+    """The tokenizer for problems up to these sizes; ``longest`` is the most numbers or swaps.
+
+    ``AutoTokenizer`` reads every tokenizer beside a Qwen2 model as a byte-level BPE, whatever the folder says, so this is
+    one: with nothing but its added tokens, which stay as they are. Padding has the name that Qwen2's class would add.
+    """
+    tokenizer = Tokenizer(models.BPE({"Ġ": 0, "Ċ": 1}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.add_special_tokens([PAD, BOS, EOS])
     tokenizer.add_tokens(list(MARKERS))
+    texts = ["\n", *TASKS, *(f" {word}" for word in words(modulus, cups, longest))]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=CHAT_TEMPLATE,
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
-        unk_token=UNKNOWN,
+        unk_token=PAD,
         clean_up_tokenization_spaces=False,
     )

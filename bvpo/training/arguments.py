@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from bvpo.config import AlphaConfig, AnchorConfig, LossConfig, TrainConfig
+from bvpo.config import AlphaConfig, AnchorConfig, LossConfig, TrainConfig, validate
 from bvpo.core.losses import LOSSES
 from bvpo.strict import UserError
 
@@ -158,6 +158,7 @@ def why_biased(args: BVPOConfig) -> str | None:
 
 def _require_auto(args: BVPOConfig) -> None:
     """Refuses what the rule behind ``auto`` is not valid for."""
+    validate(args.alpha_config())
     reason = why_biased(args)
     if reason is not None:
         raise UserError(f"alpha 'auto' takes the trace view for unbiased, but {reason}; set a constant alpha")

@@ -130,7 +130,7 @@ class TokenArguments(Protocol):
 
 
 def token_dataset(value: Any, tokenizer: Any, vocab_size: int | None, args: TokenArguments, name: str) -> TokenDataset:
-    """What a user hands to the trainer as ``{name}_dataset``, in tokens kept under ``output_dir/tokens``."""
+    """What a user hands to the trainer as ``{name}_dataset``, in tokens kept under ``output_dir/_tokens``."""
     fmt = resolve_format(tokenizer, args.reasoning_format, args.custom_format)
     over_long: Literal["drop", "refuse"] = args.over_long
     settings = TokenSettings(
@@ -140,7 +140,7 @@ def token_dataset(value: Any, tokenizer: Any, vocab_size: int | None, args: Toke
         vocab_size=vocab_size,
     )
     quads = quads_from(value, fmt, f"{name}_dataset")
-    return prepare_tokens(quads, tokenizer, fmt, settings, Path(args.output_dir or ".") / "tokens")
+    return prepare_tokens(quads, tokenizer, fmt, settings, Path(args.output_dir or ".") / "_tokens")
 
 
 def split_quads(source: QuadSource, *, fraction: float, seed: int) -> tuple[QuadSource, QuadSource]:

@@ -1,9 +1,9 @@
 """``bvpo analyze --gradients``: would mixing the views help this model on these quads, and with which alpha?
 
-In: a model, a quads file, and how many of its quads to look at. Out: a :class:`GradientReport`: noise and signal of both views'
-gradients, their angle, and alpha at several batch sizes, with intervals over prompts (:mod:`bvpo.core.gradient_noise`), as
-lines for people and as a dictionary. Nothing is trained and nothing is written. It takes single pairs' gradients in the way
-the trainer's own telemetry does (:mod:`bvpo.training.looks`).
+In: a model, a quads file, and how many of its quads to look at. Out: a :class:`GradientReport`: noise and signal of both
+views' gradients, their angle, and alpha at several batch sizes, with intervals over prompts
+(:mod:`bvpo.core.gradient_noise`), as lines for people and as a dictionary. Nothing is trained and nothing is kept. It takes
+single pairs' gradients in the way the trainer's own telemetry does (:mod:`bvpo.training.looks`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from bvpo.core.gradient_noise import GradientNoise, analyze
 from bvpo.core.keys import hash_int
-from bvpo.core.online_alpha import is_far
+from bvpo.core.online_alpha import doubt_of_sampling, is_far
 from bvpo.core.stats import Interval
 from bvpo.records import VIEWS, Quad
 from bvpo.strict import UserError
@@ -35,7 +35,8 @@ _WORTH = 0.05  # a lower error than this is called nothing
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What to look at. ``reference``: the model that wrote the data, when it is not the model itself (one that has been
-    trained already). ``limit`` quads are drawn by prompt, so that prompts with several quads stay together."""
+    trained already). ``limit`` quads are drawn by prompt, so that those of a prompt stay together. ``sampling``: how the
+    responses were drawn, where that is known."""
 
     model: str
     quads: str
@@ -47,11 +48,12 @@ class Request:
     max_length: int = 4096
     seed: int = 0
     num_resamples: int = 2000
+    sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientReport:
-    """What was found. ``dropped`` counts drawn quads that could not be used; ``drift``: mean |log-ratio to the reference|."""
+    """What was found. ``dropped`` counts drawn quads without use; ``drift``: mean |log-ratio to the reference|."""
 
     request: Request
     noise: GradientNoise
@@ -60,22 +62,23 @@ class GradientReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return dataclasses.asdict(self) | {"answer": self.answer()}
+        return dataclasses.asdict(self) | {"doubts": self.doubts(), "answer": self.answer()}
 
     def answer(self) -> str:
         """The practitioner's question in a sentence."""
         at = next(one for one in self.noise.batches if one.quads_per_step == self.request.batch)
         start = f"At {at.quads_per_step} quads per step"
-        if at.gain.low is None or at.gain.high is None:
+        if at.error.low is None or at.error.high is None:
             return f"{start}: cannot be told from {self.noise.num_prompts} prompts."
-        gain, half = _percent(at.gain), _percent(at.gain_half)
-        lowers = f"alpha {_shown(at.alpha)} lowers the gradient's mean squared error by {gain} (0.5: {half})"
-        against = "against the trace view alone"
-        if at.gain.low > _WORTH:
-            return f"{start}, mixing helps: {lowers} {against}."
-        if at.gain.high < _WORTH:
-            return f"{start}, mixing hardly helps: {lowers} {against}."
-        return f"{start}, it is not clear that mixing helps: {lowers} {against}. More quads would tell (--limit)."
+        finding = (
+            f"alpha {_shown(at.alpha)} brings the gradient's mean squared error to {_percent(at.error)} of the trace view's "
+            f"own (0.5: {_percent(at.error_half)})."
+        )
+        if at.error.high < 1 - _WORTH:
+            return f"{start} mixing helps: {finding}"
+        if at.error.low > 1 - _WORTH:
+            return f"{start} mixing hardly helps: {finding}"
+        return f"{start} it is not clear that mixing helps: {finding} More quads would tell (--limit)."
 
     def lines(self) -> list[str]:
         """Tables and the answer."""
@@ -88,9 +91,9 @@ class GradientReport:
         ]
         if noise.same_prompt is not None:
             rows.append(("share of the trace view's noise within prompts", _shown(noise.same_prompt)))
-        header = ("quads per step", "alpha", "error lowered by", "by alpha 0.5")
+        header = ("quads per step", "best alpha", "its error (alpha 1: 100 %)", "error of alpha 0.5")
         table = [
-            (f"{one.quads_per_step:,}", _shown(one.alpha), _percent(one.gain), _percent(one.gain_half))
+            (f"{one.quads_per_step:,}", _shown(one.alpha), _percent(one.error), _percent(one.error_half))
             for one in noise.batches
         ]
         level = f"{100 * noise.cosine.level:g}"
@@ -99,7 +102,7 @@ class GradientReport:
             f"model: {request.model}; reference: {reference}; dpo, beta {request.beta:g}",
             f"quads: {noise.num_quads:,} of {noise.num_prompts:,} prompts from {request.quads}"
             + "".join(f", {num:,} left out ({reason})" for reason, num in self.dropped.items()),
-            *self._doubts(),
+            *(f"note: {doubt}." for doubt in self.doubts()),
             "",
             *_aligned(rows),
             "",
@@ -107,18 +110,20 @@ class GradientReport:
             "",
             self.answer(),
             "",
-            f"[low, high]: {level} % interval over {request.num_resamples:,} resamples of prompts. Errors are of the gradient as "
-            "an estimate of",
-            "the marginal loss's, near the reference; a smaller one need not make a better model (docs/auto-alpha.md).",
+            f"[low, high]: {level} % interval over {request.num_resamples:,} resamples of prompts. Errors are those of the "
+            "gradient as an",
+            "estimate of the marginal loss's near the reference; a smaller one need not make a better model.",
         ]
 
-    def _doubts(self) -> list[str]:
-        if not is_far(self.drift, self.request.beta):
-            return []
-        return [
-            f"note: the model is far from its reference (mean |log-ratio| {self.drift:.3g} nats): the trace view is biased "
-            "there, and alpha comes out too high."
-        ]
+    def doubts(self) -> list[str]:
+        """Why the numbers may be off, as far as is known."""
+        found = [doubt] if (doubt := doubt_of_sampling(self.request.sampling)) else []
+        if is_far(self.drift, self.request.beta):
+            found.append(
+                f"the model is far from its reference (mean |log-ratio| {self.drift:.3g} nats): its trace view is biased, "
+                "and alpha comes out too high"
+            )
+        return found
 
 
 def report(request: Request, *, show_progress: bool = False) -> GradientReport:
@@ -137,7 +142,8 @@ def report(request: Request, *, show_progress: bool = False) -> GradientReport:
     return GradientReport(
         request=request,
         noise=analyze(
-            *(np.concatenate([row.sketches[view] for row in rows]) for view in VIEWS),
+            np.concatenate([row.sketches["trace"] for row in rows]),
+            np.concatenate([row.sketches["empty"] for row in rows]),
             names,
             sorted({*BATCHES, request.batch}),
             seed=request.seed,

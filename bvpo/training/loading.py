@@ -63,6 +63,22 @@ def with_adapter(model: Any, peft_config: Any, args: BVPOConfig) -> Any:
     return get_peft_model(model, peft_config)
 
 
+# What peft notes in an adapter's configuration and what does not change the numbers.
+_NOTES = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"})
+
+
+def adapter_settings(model: Any) -> dict[str, Any]:
+    """What the adapters of a model are, by their names; empty without one."""
+    return {
+        name: {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in config.to_dict().items()
+            if key not in _NOTES
+        }
+        for name, config in (getattr(model, "peft_config", None) or {}).items()
+    }
+
+
 def _require_plain_adapter(config: Any) -> None:
     if getattr(config, "is_prompt_learning", False):
         raise UserError(

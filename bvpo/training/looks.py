@@ -65,13 +65,9 @@ def choose(
     None where fewer than two rows come together."""
     present = has_view[list(indices)]
     wanted = max(LEAST_ROWS * quads_per_row, min(MOST_QUADS, len(indices) // 2))
-    pools: tuple[tuple[tuple[View, ...], npt.NDArray[np.bool_]], ...] = (
-        (VIEWS, present.all(axis=1)),
-        (("trace",), present[:, 0]),
-        (("empty",), present[:, 1]),
-    )
-    for views, pool in pools:
-        found = np.asarray(indices)[pool]
+    wishes: tuple[tuple[View, ...], ...] = (VIEWS, ("trace",), ("empty",))
+    for views in wishes:
+        found = np.asarray(indices)[present[:, [VIEWS.index(view) for view in views]].all(axis=1)]
         num = min(wanted, len(found)) // quads_per_row * quads_per_row
         if num >= 2 * quads_per_row:
             quads = tuple(int(i) for i in rng.permutation(found)[:num])
@@ -79,13 +75,11 @@ def choose(
     return None
 
 
-def same_prompt(steps: StepDataset) -> dict[int, int]:
-    """For each quad whose prompt has several trace pairs, the next of them (the last one's next is the first)."""
-    groups: dict[bytes, list[int]] = {}
-    for i in np.flatnonzero(steps.tokens.has_view[:, 0]):
-        groups.setdefault(steps.tokens[int(i)].prefix_ids.tobytes(), []).append(int(i))
-    several = [group for group in groups.values() if len(group) > 1]
-    return {one: group[(k + 1) % len(group)] for group in several for k, one in enumerate(group)}
+def same_prompt(steps: StepDataset, quad: int) -> int | None:
+    """A neighbour of this quad in the data set with another trace pair of its prompt; pairing writes them side by side."""
+    tokens, prefix = steps.tokens, steps.tokens[quad].prefix_ids
+    near = [i for i in (quad + 1, quad - 1) if 0 <= i < len(tokens) and tokens.has_view[i, 0]]
+    return next((i for i in near if np.array_equal(tokens[i].prefix_ids, prefix)), None)
 
 
 def take(

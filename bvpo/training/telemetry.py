@@ -40,7 +40,6 @@ class Telemetry:
         # Neither alpha nor the anchor is part of a view's own gradient.
         self._objective = Objective(args.loss_config(), args.trace_estimator, AnchorConfig())  # type: ignore[arg-type]
         self.online = OnlineAlpha(args.alpha, beta=args.beta)
-        self._siblings: dict[int, int] | None = None
         self._found: dict[str, float] = {}
         self._is_off = self._has_warned = False
 
@@ -79,19 +78,15 @@ class Telemetry:
         if plan is None:
             return {}
         if quads_per_row == 1 and "trace" in plan.views:
-            plan = dataclasses.replace(plan, siblings=self._siblings_of(plan, steps))
+            found = ((row, looks.same_prompt(steps, quad)) for row, quad in enumerate(plan.quads))
+            siblings = tuple((row, quad) for row, quad in found if quad is not None)
+            plan = dataclasses.replace(plan, siblings=siblings[:NUM_SIBLINGS])
         alone = dataclasses.replace(runner, objective=self._objective)
         rows = looks.take(model, alone, steps, plan, seed=(self._args.seed, number))
-        found = measure(rows, plan, expected_pairs(steps, self._args.quads_per_step or 1))
+        measured = measure(rows, plan, expected_pairs(steps, self._args.quads_per_step or 1))
         if not self._objective.needs_reference:
-            found.pop(f"{PREFIX}drift", None)
-        return found
-
-    def _siblings_of(self, plan: looks.Plan, steps: StepDataset) -> tuple[tuple[int, int], ...]:
-        if self._siblings is None:
-            self._siblings = looks.same_prompt(steps)
-        pairs = [(row, self._siblings[quad]) for row, quad in enumerate(plan.quads) if quad in self._siblings]
-        return tuple(pairs[:NUM_SIBLINGS])
+            measured.pop(f"{PREFIX}drift", None)
+        return measured
 
     def _averaged(self) -> dict[str, float]:
         """What only all looks together can tell."""

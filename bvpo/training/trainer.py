@@ -34,6 +34,7 @@ from bvpo.training.arguments import BVPOConfig
 from bvpo.training.callbacks import IDENTITY_FILE, NOISE_FILE, Bookkeeping, use_concise_progress
 from bvpo.training.gradients import StepRunner
 from bvpo.training.loading import (
+    adapter_settings,
     agree,
     check_precision,
     describe_numerics,
@@ -203,7 +204,7 @@ class BVPOTrainer(Trainer):
 
     def _reference_pass(self) -> reference.ReferencePass:
         args: Any = self.args
-        folder = args.reference_cache or os.path.join(args.output_dir, "reference")
+        folder = args.reference_cache or os.path.join(args.output_dir, "_reference")
         mixed = self.accelerator.mixed_precision
         dtype = f"{next(self.model.parameters()).dtype}/{mixed}"
         kernel = describe_numerics(self.accelerator.device)
@@ -442,7 +443,10 @@ class BVPOTrainer(Trainer):
         args: Any = self.args
         names = [f.name for f in dataclasses.fields(BVPOConfig) if f.name in _DECIDES]
         data = "" if self._train_steps is None else self._train_steps.tokens.fingerprint
-        found = {"layout": self.layout, "train_data": data, "reference_weights": self._reference_weights}
+        found: dict[str, Any] = {"layout": self.layout, "train_data": data}
+        found["reference_weights"] = self._reference_weights
+        if adapter := adapter_settings(self.accelerator.unwrap_model(self.model)):
+            found["adapter"] = adapter
         return {name: getattr(args, name) for name in names} | found | self.telemetry.identity()
 
     def _check_checkpoint(self, resume: str | bool) -> dict[str, float]:

@@ -47,11 +47,11 @@ def copied(whole: Experiment, tmp_path: Path) -> Path:
 def out(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs a verb and returns what it printed."""
 
-    def run(*words: str | Path, code: int = 0) -> str:
+    def run(*words: str | Path, code: int = 0, stream: str = "") -> str:
         capsys.readouterr()
         assert main([str(word) for word in words]) == code
         captured = capsys.readouterr()
-        return captured.out if code == 0 else captured.err
+        return getattr(captured, stream or ("out" if code == 0 else "err"))
 
     return run
 
@@ -114,6 +114,36 @@ def test_status_of_half_done_and_empty_folders(copied: Path, tmp_path: Path, out
         (copied / name).unlink()
     bare = stages(out("status", copied, "--json"))
     assert (bare["prompts"]["state"], bare["sample"]["done"], bare["sample"]["left"]) == ("not started", 50, None)
+
+
+def test_status_verifies_every_byte_and_repairs_on_request(copied: Path, out: Callable[..., str]) -> None:
+    """Mutations: damage told and exit code 0; a repair nobody asked for; a shard that is gone and not missed; a status
+    that says finished after records were lost."""
+    assert "every checksum holds" in out("status", copied, "--verify")
+    (shard,) = (copied / "samples").glob("*.parquet")
+    with RecordStore(copied / "scores", Score, key=lambda s: s.sample_key).open_writer() as writer:
+        writer.append(next(iter(RecordStore(copied / "scores", Score, key=lambda s: s.sample_key))))
+    (live,) = (copied / "scores").glob("*.jsonl")
+    live.write_bytes(live.read_bytes().replace(b'"record"', b'"recorf"'))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    before = sorted(copied.rglob("*"))
+    found = out("status", copied, "--verify", code=1, stream="out")
+    assert f"DAMAGED: {live}:1: damaged record" in found and f"DAMAGED: {shard}: rows 1-80" in found
+    assert sorted(copied.rglob("*")) == before
+    repaired = out("status", copied, "--repair", code=1, stream="out")  # the live line is not touched
+    assert f"dropped: {shard}: rows 1-80" in repaired and "recorf" in live.read_text()
+    stores = {
+        one["store"]: one
+        for one in json.loads(out("status", copied, "--verify", "--json", code=1, stream="out"))["stores"]
+    }
+    assert (stores["samples"]["num_records"], stores["samples"]["problems"]) == (0, [])
+    sample = stages(out("status", copied, "--json"))["sample"]
+    assert (sample["state"], sample["left"]) == ("unfinished", 80)
+    for old in (copied / "scores").glob("*.parquet"):
+        old.unlink()
+    assert "missing; the manifest says" in out("status", copied, "--verify", code=1, stream="out")
 
 
 def test_status_of_training(copied: Path, out: Callable[..., str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import browser
 import pytest
 from look_fixtures import SCORER, questions, save_talking_model
 
@@ -63,7 +65,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model, prompts, scorer and config, in which nothing has run."""
     folder = tmp_path_factory.mktemp("run")
     save_talking_model(folder / "model")
-    rows = [{"messages": [{"role": "user", "content": text}]} for text in questions(30)]
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in questions(24)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "scorer.py").write_text(SCORER)
     (folder / "cmp.toml").write_text(CONFIG)
@@ -166,7 +168,7 @@ def test_killed_runs_end_the_same(finished: Path, home: Path, tmp_path: Path) ->
     for name in ("model", "prompts.jsonl", "scorer.py", "cmp.toml"):
         (again / name).symlink_to(home / name)
     moments = random.Random(0)
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen(
             [sys.executable, "-m", "bvpo", "run", "cmp.toml"], cwd=again, stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, start_new_session=True,
@@ -220,3 +222,29 @@ def test_report_of_nothing(tmp_path: Path, home: Path, capsys: pytest.CaptureFix
     )
     assert main(["report", str(tmp_path / "e")]) == 2
     assert "nothing was evaluated yet" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium to look at the page with")
+def test_the_page_in_a_browser(finished: Path, tmp_path: Path) -> None:
+    """Desktop, phone, dark and paper. Mutation: a script that fails, a font from a server, a table that is too wide,
+    dark text on dark ground."""
+    page = finished / "report.html"
+    with browser.chromium(tmp_path / "profile") as tab:
+        for size, scheme in ((browser.DESKTOP, "light"), (browser.PHONE, "light"), (browser.DESKTOP, "dark")):
+            tab.open(page, size, scheme)
+            assert not tab.problems
+            assert tab.requests == [page.resolve().as_uri()]
+            assert tab.too_wide() == []
+            assert tab.ask("document.documentElement.scrollWidth <= innerWidth")
+            ink, paper = (tab.ask(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
+            assert (_brightness(ink) > _brightness(paper)) == (scheme == "dark")
+            assert abs(_brightness(ink) - _brightness(paper)) > 120
+        tab.open(page)
+        charts = tab.ask("document.querySelectorAll('figure svg').length")
+        assert charts == tab.ask("document.querySelectorAll('figure details table').length") > 3
+        assert tab.pdf().startswith(b"%PDF")
+
+
+def _brightness(color: str) -> float:
+    red, green, blue = (int(part) for part in re.findall(r"\d+", color)[:3])
+    return 0.299 * red + 0.587 * green + 0.114 * blue

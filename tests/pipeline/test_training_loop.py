@@ -208,6 +208,30 @@ def test_another_model_is_another_run(tmp_path):
         make_trainer(tmp_path, other, QUADS, **SETTINGS).train(resume_from_checkpoint=True)
 
 
+def test_another_adapter_is_another_run(tmp_path):
+    """Its settings scale the same weights. Mutation: the identity leaves out the adapter."""
+    from peft import LoraConfig
+
+    def lora(alpha):
+        config = LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        return trainer(tmp_path, callbacks=[StopAt(2)], peft_config=config)
+
+    lora(4).train()
+    assert lora(4).identity() == lora(4).identity()
+    lora(4)._check_checkpoint(True)
+    with pytest.raises(UserError, match=r"another run.*adapter.*'lora_alpha': 4.*'lora_alpha': 8"):
+        lora(8).train(resume_from_checkpoint=True)
+
+
+def test_the_hub_gets_neither_data_nor_reference(tmp_path):
+    """transformers uploads the output folder but for what starts with an underscore. Mutation: folders named otherwise."""
+    run = trainer(tmp_path)
+    run.train()
+    named = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
+    assert {name for name in named if not name.startswith(("_", "checkpoint-"))} == set()
+    assert "_reference" in named
+
+
 def test_the_same_weights_under_another_config_are_another_reference(tmp_path):
     """Rope settings are no part of the weights. Mutation: a cache keyed by the weights alone, whose values then give a
     first loss far from log 2."""

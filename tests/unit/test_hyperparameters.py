@@ -41,7 +41,10 @@ CHANGED = {
     "train.reference": ("held", "held"),
     "train.reference_cache": ("refs", "refs"),
     "train.head_chunk": ("32", 32),
+    "train.telemetry_steps": ("7", 7),
 }
+# What cannot be set together with these.
+APART = {"train.alpha.every": ("3", 3)}
 
 
 def test_page_is_fresh() -> None:
@@ -69,8 +72,12 @@ def test_fields_of_the_trainer_come_from_the_named_settings(tmp_path: Path) -> N
     args = arguments_from(config.train, output_dir=str(tmp_path), seed=1, reasoning_format="qwen3")
     assert args.reasoning_format == "qwen3"
     fields = {name: setting for name, _, setting, _ in trainer_fields() if setting.startswith("train.")}
-    assert set(fields.values()) == set(CHANGED)
-    assert {name: getattr(args, name) for name in fields} == {name: CHANGED[s][1] for name, s in fields.items()}
+    assert set(fields.values()) == set(CHANGED) | set(APART)
+    together = {name: setting for name, setting in fields.items() if setting in CHANGED}
+    assert {name: getattr(args, name) for name in together} == {name: CHANGED[s][1] for name, s in together.items()}
+    auto = [word for setting, (text, _) in APART.items() for word in (f"--{setting}", text)]
+    config = load_config(path, [*auto, "--train.alpha.schedule", "auto", "--train.hf.use_cpu", "true"])
+    assert arguments_from(config.train, output_dir=str(tmp_path), seed=1).alpha_every == APART["train.alpha.every"][1]
 
 
 @pytest.mark.parametrize("name", [*RENAMED, *FIXED])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bvpo.config import ExperimentConfig, load_config
+from bvpo.config import EvaluateConfig, ExperimentConfig, load_config
 from bvpo.core.evaluation import OverSeeds
 from bvpo.core.results import CurveRow, DifferenceRow, MethodRow, Results, ScoreRow
 from bvpo.jobs.cost import bounds
@@ -87,6 +87,8 @@ def test_without_methods_the_chain_is_the_job(tmp_path: Path) -> None:
     (job,) = plan(config(tmp_path, ""))
     assert job.folder == tmp_path / "experiments" / "cmp"
     assert job.verbs == ("prompts", "sample", "score", "pair", "train", "evaluate")
+    (job,) = plan(replace(config(tmp_path, ""), evaluate=EvaluateConfig()))
+    assert job.verbs[-1] == "train", "nothing to evaluate on"
 
 
 @pytest.mark.parametrize(
