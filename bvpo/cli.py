@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from bvpo import __version__
 from bvpo.strict import UserError, did_you_mean
@@ -60,11 +61,22 @@ def _run(words: list[str]) -> int:
     return run_words(verb, rest)
 
 
+class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to whatever stderr is at the time, which others may redirect."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
 def _log_to_stderr() -> None:
     """Progress for people goes to stderr; other libraries keep their own levels."""
     logger = logging.getLogger("bvpo")
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = _Stderr()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

@@ -28,19 +28,19 @@ class Bookkeeping(TrainerCallback):
 
     def __init__(self, trainer: BVPOTrainer) -> None:
         self._trainer = trainer
-        self._padding: list[Any] = []
+        self._padding: dict[int, Any] = {}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._padding = [config.pad_token_id for config in _token_configs(self._trainer.model)]
+        self._padding = {id(config): config.pad_token_id for config in _token_configs(self._trainer.model)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
         # transformers has just copied the tokenizer's padding token into the model's configs; one that the model has no
         # embedding for (tokenizers may add their own) would make a checkpoint that cannot be loaded
         size = trainer.model.get_input_embeddings().weight.shape[0]
-        for config, before in zip(_token_configs(trainer.model), self._padding, strict=True):
+        for config in _token_configs(trainer.model):
             if config.pad_token_id is not None and config.pad_token_id >= size:
-                config.pad_token_id = before
+                config.pad_token_id = self._padding.get(id(config))
         trainer.start_clock(time.perf_counter())
         if state.is_world_process_zero:
             _forget_after(Path(args.output_dir) / METRICS_FILE, state.global_step)

@@ -112,7 +112,7 @@ class GradientReport:
             "",
             f"[low, high]: {level} % interval over {request.num_resamples:,} resamples of prompts. Errors are those of the "
             "gradient as an",
-            "estimate of the marginal loss's near the reference; a smaller one need not make a better model.",
+            "estimate of the marginal loss's near the reference; a smaller one need not mean a better model.",
         ]
 
     def doubts(self) -> list[str]:

@@ -239,7 +239,7 @@ def test_when_no_server_is_left_the_run_ends_and_goes_on_elsewhere(
         "half": "peer closed connection without sending complete message body",
     }[fault]
     assert server.url in line and verdict in line and "requests were not answered, run again to go on" in line
-    assert 9 <= len(one.samples) < NUM and not is_finished(one, "sample")
+    assert 0 < len(one.samples) < NUM and not is_finished(one, "sample")
     # a few used up their attempts before the server was given up
     assert len(failures(one)) <= {"garbage": 6, "half": 6}.get(fault, 0)
     assert sample(one, serve(), retry=True) == 0

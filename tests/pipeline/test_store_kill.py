@@ -282,7 +282,8 @@ def test_a_folder_without_permission_is_one_line(tmp_path: Path) -> None:
     fill(folder, range(5, 8))
     before = sorted(os.listdir(folder))
     for parent in (folder, *folder.parents):
-        parent.chmod(parent.stat().st_mode | 0o055) if parent.is_relative_to(tmp_path.parents[1]) else None
+        if parent.stat().st_uid == os.geteuid() and "pytest" in str(parent):
+            parent.chmod(parent.stat().st_mode | 0o055)
     folder.chmod(0o555)
 
     def work() -> None:
