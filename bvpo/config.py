@@ -388,7 +388,7 @@ class TrainConfig:
     """Trackers such as tensorboard or wandb; metrics.jsonl is always written."""
     head_chunk: int = 256
     """Tokens whose vocabulary scores exist at one time, >= 1: memory against speed, never the result."""
-    telemetry_steps: int = 25
+    telemetry_steps: int = 50
     """Optimizer steps between looks at the gradients' noise, >= 0, the first in step 1; 0 takes none. Never the result."""
     loss: LossConfig = field(default_factory=LossConfig)
     alpha: AlphaConfig = field(default_factory=AlphaConfig)

@@ -76,7 +76,7 @@ class BVPOConfig(TrainingArguments):
     reference: str = field(default="cached", metadata={"help": "cached, held or adapter."})
     reference_cache: str = field(default="", metadata={"help": "Folder of cached reference log-probs."})
     head_chunk: int = field(default=256, metadata={"help": "Rows whose vocabulary logits exist at one time."})
-    telemetry_steps: int = field(default=25, metadata={"help": "Steps between looks at gradient noise; 0: none."})
+    telemetry_steps: int = field(default=50, metadata={"help": "Steps between looks at gradient noise; 0: none."})
 
     def __post_init__(self) -> None:
         _check_choices(self)
