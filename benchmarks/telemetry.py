@@ -3,8 +3,8 @@
     python benchmarks/telemetry.py [--pairs 7] [--quick] [--no-save]
 
 A step with a look and a step without, in turn, on the model of benchmarks/trainer.py with 2 quads a step (where a look takes
-all of them and costs most) and with 8; and a whole short run of a tiny model, 32 steps of 16 quads, with and without. CPU
-seconds, medians of the per-pair ratios. Results go to benchmarks/results/telemetry-DATE.json.
+all of them and costs most) and with 8, and on a tiny model with 16, whose short run of 32 steps is timed as a whole as well
+(such a run's noise exceeds a look). CPU seconds, medians of the per-pair ratios. Results go to benchmarks/results/telemetry-DATE.json.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ EVERY = BVPOConfig.telemetry_steps
 TINY = Shape(layers=2, hidden=64, inner=168, heads=4, vocab=64)
 
 
-def one_step(shape: Shape, pairs: int, *, batch: int) -> dict[str, Any]:
+def one_step(shape: Shape, pairs: int, *, batch: int, **lengths: int) -> dict[str, Any]:
     """A look in steps, and what that is of a period of looks."""
-    quads = make_quads(batch, vocab=shape.vocab, seed=3, spread="uniform")
+    quads = make_quads(batch, vocab=shape.vocab, seed=3, spread="uniform", **lengths)
     side = Ours(make_model(shape), quads, scratch(), quads_per_step=batch, telemetry_steps=EVERY).prepare()
 
     def step(look: bool) -> Callable[[], Any]:
@@ -94,6 +94,7 @@ def main() -> None:
     results = {
         "a step of 2 quads": one_step(shape, options.pairs, batch=2),
         "a step of 8 quads": one_step(shape, options.pairs, batch=8),
+        "a step of 16 quads, tiny model": one_step(TINY, 8 * options.pairs, batch=16, **short),
         "a whole short run, tiny model": whole_run(TINY, options.pairs, batch=16, steps=32, **short),
     }
     today = datetime.date.today().isoformat()
