@@ -4,7 +4,8 @@
 
 A step with a look and a step without, in turn, on the model of benchmarks/trainer.py with 2 quads a step (where a look takes
 all of them and costs most) and with 8, and on a tiny model with 16, whose short run of 32 steps is timed as a whole as well
-(such a run's noise exceeds a look). CPU seconds, medians of the per-pair ratios. Results go to benchmarks/results/telemetry-DATE.json.
+(such a run's noise exceeds a look). CPU seconds, medians of the per-pair ratios. Results go to
+benchmarks/results/telemetry-DATE.json.
 """
 
 from __future__ import annotations
