@@ -609,7 +609,7 @@ def test_a_dead_endpoint_ends_the_run() -> None:
         url = server.url
     scorer = judge(url, retries=0, concurrency=4)
     seen: list[Outcome] = []
-    with pytest.raises(UserError, match="2[0-9] requests in a row got no answer"):
+    with pytest.raises(UserError, match=r"2[0-9] requests in a row got no answer"):
         for outcome in scorer.score(item(str(i)) for i in range(100)):
             seen.append(outcome)
     assert len(seen) < 20 and all(o.value is None and "no answer from the endpoint" in str(o.error) for o in seen)
