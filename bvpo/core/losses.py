@@ -105,6 +105,15 @@ def dpo(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> PairL
     return _pair_loss(loss, beta * chosen, beta * rejected)
 
 
+def dpo_norm(logps: PairLogps, *, beta: float) -> PairLoss:
+    """DPO on *length-averaged* log-ratios; ``beta`` is larger than DPO's by about the length of a response."""
+    check_ranges(beta=beta)
+    chosen, rejected = log_ratios(logps)
+    delta = _per_token(chosen, logps.chosen_lengths) - _per_token(rejected, logps.rejected_lengths)
+    # Lambert et al. 2024 (Tulu 3, arXiv 2411.15124), eq. 6
+    return _pair_loss(_smoothed_log_loss(beta * delta, 0.0), beta * chosen, beta * rejected)
+
+
 def ipo(logps: PairLogps, *, beta: float) -> PairLoss:
     """Identity preference optimization on *length-averaged* log-ratios, as in TRL; ``beta`` is the paper's tau.
 
@@ -195,6 +204,13 @@ LOSSES: dict[str, Loss] = {
         needs_reference=True,
         zero_trace_bias_at_reference=True,
         doc="DPO: -log sigmoid of the beta-scaled log-ratio margin; label_smoothing makes it conservative (cDPO)",
+    ),
+    "dpo_norm": Loss(
+        fn=dpo_norm,
+        params=("beta",),
+        needs_reference=True,
+        zero_trace_bias_at_reference=False,  # 1 / length of each sampled trace weights its gradient
+        doc="length-normalised DPO: -log sigmoid of the beta-scaled margin of per-token log-ratios",
     ),
     "ipo": Loss(
         fn=ipo,

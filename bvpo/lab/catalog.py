@@ -31,6 +31,7 @@ DPO = LossConfig(name="dpo", beta=0.1)
 
 _AWAY_FROM_DEFAULTS: dict[str, dict[str, Any]] = {
     "dpo": {},
+    "dpo_norm": {"beta": 1.0},
     "robust": {"label_smoothing": 0.1},
     "rdpo": {"length_weight": 0.02},
     "simpo": {"beta": 2.5, "gamma": 1.0},

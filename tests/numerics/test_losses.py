@@ -261,6 +261,7 @@ HAND_VALUES = [
     (LossConfig(name="dpo", beta=0.4, **SMOOTHED), 0.49748795048588562645),
     (LossConfig(name="robust", beta=0.4, **SMOOTHED), 0.36248795048588562645),
     (LossConfig(name="hinge", beta=0.4), 0.4),
+    (LossConfig(name="dpo_norm", beta=0.4), 0.62870109197325959139),  # 0.4 (1/4 + 0.5/6) inside
     (LossConfig(name="ipo", beta=0.4), 0.84027777777777777778),  # (1/4 + 0.5/6 - 1/0.8)^2
     (LossConfig(name="rdpo", beta=0.4, length_weight=0.05), 0.47407698418010668087),  # 0.6 - 0.05 * 2 inside
     (LossConfig(name="simpo", beta=2.0, gamma=0.7), 1.8677860293862659170),  # 2 (-12/4 + 15/6) - 0.7 inside
@@ -358,7 +359,7 @@ def test_scale_laws(ratios, beta, factor):
         left = pair_loss(LossConfig(name=name, beta=beta * factor), logps).loss
         torch.testing.assert_close(left, pair_loss(LossConfig(name=name, beta=beta), scaled).loss, rtol=1e-7, atol=1e-7)
     longer = PairLogps(**{field.name: getattr(logps, field.name) * 3 for field in fields(logps)})
-    for name in ("ipo", "simpo"):
+    for name in ("ipo", "simpo", "dpo_norm"):
         config = LossConfig(name=name, beta=beta)
         torch.testing.assert_close(pair_loss(config, longer).loss, pair_loss(config, logps).loss, rtol=1e-7, atol=1e-7)
 
@@ -368,7 +369,7 @@ def test_scale_laws(ratios, beta, factor):
 def test_more_chosen_is_never_worse(ratios, beta, step):
     """Without smoothing a larger chosen log-prob never raises the loss. Mutation: the margin's sign."""
     better = pairs_of([(c + step, r) for c, r in ratios])
-    for name in ("dpo", "hinge", "rdpo", "simpo"):
+    for name in ("dpo", "dpo_norm", "hinge", "rdpo", "simpo"):
         config = LossConfig(name=name, beta=beta)
         assert (pair_loss(config, better).loss <= pair_loss(config, pairs_of(ratios)).loss).all()
 

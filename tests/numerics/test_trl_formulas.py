@@ -35,6 +35,7 @@ PAIRS = [
 # TRL's loss type, our settings
 DPO_LOSSES = [
     ("sigmoid", LossConfig(name="dpo", beta=BETA)),
+    ("sigmoid_norm", LossConfig(name="dpo_norm", beta=BETA)),
     ("ipo", LossConfig(name="ipo", beta=BETA)),
     ("hinge", LossConfig(name="hinge", beta=BETA)),
     ("robust", LossConfig(name="robust", beta=BETA, label_smoothing=SMOOTHING)),
