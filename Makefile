@@ -3,7 +3,7 @@
 # make test    the whole test suite
 # make check   what CI runs: format, lint, types, layers, docs, tests
 # make bench   the trainer against its peer, on this machine
-# make prove   every long demonstration; one of them: prove-kill, prove-store, prove-sampling
+# make prove   every long demonstration; one of them: prove-kill, prove-vignette, prove-store, prove-sampling
 
 # The first interpreter of 3.11 or newer; PYTHON=... chooses another.
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,$(shell \
@@ -16,7 +16,7 @@ STAMP := $(VENV)/.built
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help build vignette test check format lint types layers docs bench prove prove-kill prove-store prove-sampling
+.PHONY: help build vignette test check format lint types layers docs bench prove prove-kill prove-vignette prove-store prove-sampling
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -64,10 +64,13 @@ bench: build
 	$(PY) benchmarks/trainer.py
 
 # Each writes a dated file below benchmarks/results; `benchmarks/tables.py` then writes docs/performance.md from them.
-prove: prove-kill prove-store prove-sampling bench
+prove: prove-kill prove-vignette prove-store prove-sampling bench
 
 prove-kill: build
 	$(PY) benchmarks/kill_test.py --times 60
+
+prove-vignette: build
+	$(PY) benchmarks/vignette_kills.py --times 20
 
 prove-store: build
 	$(PY) benchmarks/store.py --records 600000

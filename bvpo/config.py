@@ -146,9 +146,10 @@ class DataConfig:
     empty_split: str = "train"
     """Split of the empty set."""
     eval_quads: str = ""
-    """JSON-lines file of held-out quads for evaluation during training."""
+    """JSON-lines file of held-out quads: for evaluation during training, and the reliability of what the model then says."""
     eval_fraction: float = 0.0
-    """Share of the quads held out for evaluation instead of a file, in [0, 1); chosen by seed, split by prompt."""
+    """Share of the quads held out instead of a file, in [0, 1); chosen by seed, split by prompt. The report's reliability
+    diagram needs held-out quads."""
     views: tuple[Literal["trace", "empty"], ...] = ("trace", "empty")
     """Views that are trained on. With alpha 1 or 0 throughout the other view counts nothing and may be left out, which
     saves its compute (and its metrics)."""
@@ -253,6 +254,8 @@ class PairConfig:
     """Smallest difference of the two scores, >= 0; pairs below it are dropped and counted."""
     max_pairs: int | None = None
     """Most pairs of a prompt and view for 'all_pairs', >= 1; none keeps all."""
+    traces: int = 1
+    """Most traces of each answer in a trace pair, >= 1; more than 1 are for train.trace_estimator 'traces'."""
     export: bool = True
     """Also write the pairs as TRL preference sets, one per view, into the folder preferences."""
 
@@ -353,8 +356,9 @@ class TrainConfig:
     """What to do with a pair that has a response over max_length: drop and count it, or refuse to start."""
     score_empty_block: bool = True
     """Score the forced closing marker in the empty view, as the paper does; false scores the answer alone."""
-    trace_estimator: Literal["joint", "answer"] = "joint"
-    """What the trace view scores: trace and answer jointly (the paper), or the answer given its trace."""
+    trace_estimator: Literal["joint", "answer", "traces"] = "joint"
+    """What the trace view scores: trace and answer jointly (the paper), the answer given its trace, or the answer over
+    all its traces in the pair (see pair.traces), weighted by their importance."""
     layout: Literal["auto", "tree", "packed", "padded"] = "auto"
     """How sequences are laid out: 'tree' computes the shared prompt once, 'packed' and 'padded' do not."""
     tokens_per_micro_batch: int | None = None
@@ -515,6 +519,11 @@ class TuneConfig:
 
     seeds: tuple[int, ...] = ()
     """Seeds of the tuning runs, none of them in run.seeds."""
+    final_seeds: tuple[int, ...] = ()
+    """Further seeds, on which only the best cells of each method run; the best by all seeds is chosen. Few seeds alone pick
+    what was lucky on them."""
+    finalists: int = 3
+    """Cells of each method that go on to final_seeds, >= 1."""
     grid: dict[str, Any] = field(default_factory=dict)
     """Settings and the values to try, every combination: grid."train.loss.beta" = [0.1, 0.5]. Settings joined by '+' take
     the same value."""
@@ -545,6 +554,9 @@ class RunConfig:
     runs once per seed, training and evaluation once per seed and method. Empty runs the chain once."""
     baseline: str = ""
     """The method that the others are compared with, prompt by prompt; empty takes the first that is trained."""
+    declared: dict[str, Any] = field(default_factory=dict)
+    """Comparisons that are declared before the seeds run: a table [run.declared.NAME] with better and than (methods) and on
+    (benchmark/mode/metric). The report says what became of each, at intervals that hold for all of them together."""
     workers: int | None = None
     """Processes that work at the same time, >= 1; none takes one per CPU core, or one where there is a GPU."""
     tune: TuneConfig = field(default_factory=TuneConfig)
@@ -671,7 +683,7 @@ RANGES: dict[type, dict[str, Check]] = {
         "price_input": _at_least(0),
         "price_output": _at_least(0),
     },
-    PairConfig: {"min_margin": _at_least(0), "max_pairs": _at_least(1)},
+    PairConfig: {"min_margin": _at_least(0), "max_pairs": _at_least(1), "traces": _at_least(1)},
     LossConfig: {
         "name": _FILLED,
         "beta": _POSITIVE,
@@ -751,6 +763,7 @@ RANGES: dict[type, dict[str, Check]] = {
         "num_seeds": _at_least(1),
         "workers": _at_least(1),
     },
+    TuneConfig: {"finalists": _at_least(1)},
 }
 """What a set value must fulfil beyond its type; ``None`` (not set) always passes. One entry per section class."""
 

@@ -15,6 +15,8 @@ VIEWS: tuple[View, View] = ("trace", "empty")
 
 Finish = Literal["stop", "length", "error"]
 
+LEFT_OUT = {"left_out_when_none": True}  # of a field that came later: files without it stay what they were
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
@@ -109,12 +111,23 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quad:
-    """One prompt's trace pair and empty pair: the unit of training. Either may be missing, not both."""
+    """One prompt's trace pair and empty pair: the unit of training. Either may be missing, not both.
+
+    A quad with several traces per answer is several records in a row: the ordinary one, then members that have only a
+    trace pair, with other traces of the same two answers. ``group`` is the first one's id in all of them; a quad with one
+    trace per answer has none.
+    """
 
     id: str
     messages: tuple[Message, ...]
     trace: Pair | None = None
     empty: Pair | None = None
+    group: str | None = field(default=None, metadata=LEFT_OUT)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is a quad by itself or the first of its group."""
+        return self.group is None or self.group == self.id
 
     def pair(self, view: View) -> Pair | None:
         return self.trace if view == "trace" else self.empty

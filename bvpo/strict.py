@@ -262,6 +262,12 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 @cache
+def _left_out(cls: type) -> tuple[str, ...]:
+    """Fields that are not written where they are None."""
+    return tuple(f.name for f in fields(cls) if f.metadata.get("left_out_when_none"))
+
+
+@cache
 def converter(tp: Any) -> Converter:
     """The checking conversion from JSON values to ``tp``, built once per type."""
     origin, args = get_origin(tp), get_args(tp)
@@ -303,7 +309,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
 
 
 def to_dict(record: Any) -> dict[str, Any]:
-    """Plain values only (tuples become lists), every field present."""
+    """Plain values only (tuples become lists), every field present (but see ``bvpo.records.LEFT_OUT``)."""
     assert is_dataclass(record) and not isinstance(record, type), f"not a record: {record!r}"
     return _plain(record)
 
@@ -317,7 +323,11 @@ def _plain(value: Any) -> Any:
     if kind is dict:
         return {k: _plain(v) for k, v in value.items()}
     if is_dataclass(value):
-        return {name: _plain(getattr(value, name)) for name in field_types(kind)}
+        found = {name: _plain(getattr(value, name)) for name in field_types(kind)}
+        for name in _left_out(kind):
+            if found[name] is None:
+                del found[name]
+        return found
     raise TypeError(f"a record holds plain Python values only, got {kind.__module__}.{kind.__qualname__}")
 
 

@@ -25,7 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "report": ("bvpo.stages.report", "write results.json and the report page of an experiment"),
     "status": ("bvpo.stages.status", "show how far each stage of an experiment is"),
     "inspect": ("bvpo.stages.inspect", "read prompts with their samples, scores and pairs"),
-    "compare": ("bvpo.stages.compare", "compare two evaluations prompt by prompt"),
+    "compare": ("bvpo.stages.compare", "compare two evaluations, or methods over seeds, prompt by prompt"),
     "tiny": ("bvpo.stages.tiny", "make a tiny reasoning model and prompts to align it on"),
     "lab": ("bvpo.stages.lab", "check the theory on models whose every trace is enumerated"),
 }

@@ -94,8 +94,20 @@ def random_quads(
     return quads
 
 
-def write_tokens(folder: Path, quads: list[TokenQuad]) -> TokenDataset:
-    """The quads as a dataset on disk, the form the trainer trains on."""
+def with_traces(groups: list[int], *, seed: int = 0, **settings: Any) -> list[TokenQuad]:
+    """``random_quads``, the g-th with ``groups[g]`` traces: further quads with its prefix and another trace pair alone."""
+    more = iter(random_quads(sum(groups), seed=seed + 1000, ragged_views=False))
+    quads = []
+    for quad, num in zip(random_quads(len(groups), seed=seed, **settings), groups, strict=True):
+        quads.append(quad)
+        for member in range(2, num + 1):
+            branches = (*next(more).branches[:2], None, None)
+            quads.append(TokenQuad(id=f"{quad.id}+{member}", prefix_ids=quad.prefix_ids, branches=branches))
+    return quads
+
+
+def write_tokens(folder: Path, quads: list[TokenQuad], groups: list[int] | None = None) -> TokenDataset:
+    """The quads as a dataset on disk, the form the trainer trains on; ``groups`` are the rows of each quad."""
     import hashlib
     import json
 
@@ -107,7 +119,9 @@ def write_tokens(folder: Path, quads: list[TokenQuad]) -> TokenDataset:
         writer.add(quad)
     size = writer.close()
     fingerprint = hashlib.sha256(b"".join(quad_key(quad) for quad in quads)).hexdigest()[:16]
-    summary = {"fingerprint": fingerprint, "drops": {}, "num_dropped_quads": 0, "bytes": size}
+    summary: dict[str, Any] = {"fingerprint": fingerprint, "drops": {}, "num_dropped_quads": 0, "bytes": size}
+    if groups is not None:
+        summary["groups"] = groups
     (folder / "summary.json").write_text(json.dumps(summary))
     return TokenDataset(folder)
 
@@ -147,9 +161,10 @@ def make_trainer(folder: Path, model: Any, quads: list[TokenQuad], **settings: A
 
     trainer_names = ("ref_model", "peft_config", "eval_dataset", "callbacks", "alpha_source")
     extra = {name: settings.pop(name) for name in trainer_names if name in settings}
+    groups = settings.pop("groups", None)
     defaults = {"output_dir": str(folder / "out"), "use_cpu": True, "report_to": "none", "disable_tqdm": True}
-    args = BVPOConfig(**(defaults | {"quads_per_step": len(quads), "save_strategy": "no"} | settings))
-    data = write_tokens(folder / f"tokens-{len(quads)}", quads)
+    args = BVPOConfig(**(defaults | {"quads_per_step": len(groups or quads), "save_strategy": "no"} | settings))
+    data = write_tokens(folder / f"tokens-{len(quads)}", quads, groups)
     return BVPOTrainer(model, args, data, processing_class=word_tokenizer(), **extra)
 
 

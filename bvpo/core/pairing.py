@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from bvpo.config import PairConfig
@@ -32,21 +32,25 @@ DROPS: dict[Drop, str] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One sampled response. ``content`` names its answer (equal answers, equal content; ``None``: no answer),
-    ``value`` is its score (``None``: none), ``length`` the answer's length in characters."""
+    ``value`` is its score (``None``: none), ``length`` the answer's length in characters. ``tokens`` names its token ids
+    (equal ids, equal name); only :func:`with_traces` reads it."""
 
     key: str
     index: int
     content: str | None
     value: float | None
     length: int = 0
+    tokens: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """One pair; ``margin`` is the chosen score minus the rejected score, 0 where the tie policy decided."""
+    """One pair; ``margin`` is the chosen score minus the rejected score, 0 where the tie policy decided. ``more`` are pairs
+    with other traces of the same two answers."""
 
     chosen: Candidate
     rejected: Candidate
+    more: tuple[Choice, ...] = ()
 
     @property
     def margin(self) -> float:
@@ -104,6 +108,23 @@ def _distinct(scored: Iterable[Candidate]) -> list[Candidate]:
     first: dict[str | None, Candidate] = {}
     for candidate in sorted(scored, key=lambda c: (c.index, c.key)):
         first.setdefault(candidate.content, candidate)
+    return list(first.values())
+
+
+def with_traces(choice: Choice, candidates: Iterable[Candidate], most: int) -> Choice:
+    """The pair with ``more``: at most ``most`` pairs in all, as many as both answers have different traces for, each
+    answer's in the order of sampling. ``candidates`` are those of the same prompt and view."""
+    scored = sorted((c for c in candidates if c.value is not None), key=lambda c: (c.index, c.key))
+    chosen, rejected = (_traces(one, scored) for one in (choice.chosen, choice.rejected))
+    found = [Choice(chosen=c, rejected=r) for c, r in zip(chosen, rejected, strict=False)]
+    return replace(choice, more=tuple(found[1:most]))
+
+
+def _traces(one: Candidate, ordered: Sequence[Candidate]) -> list[Candidate]:
+    """``one``, then the others with its answer; equal tokens count once."""
+    first: dict[str, Candidate] = {}
+    for candidate in (one, *(c for c in ordered if c.content == one.content)):
+        first.setdefault(candidate.tokens, candidate)
     return list(first.values())
 
 

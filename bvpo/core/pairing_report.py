@@ -53,6 +53,9 @@ class Report:
     views: dict[View, ViewReport] = field(default_factory=lambda: {view: ViewReport() for view in VIEWS})
     splits: dict[str, int] = field(default_factory=dict)
     quads: Counter[str] = field(default_factory=Counter)
+    traces: Counter[int] = field(
+        default_factory=Counter
+    )  # traces per answer -> trace pairs; empty unless several are kept
 
     def add_sample(self, view: View, standing: str) -> None:
         self.views[view].samples[standing] += 1
@@ -67,8 +70,11 @@ class Report:
             one.dropped[selection.drop] += 1
 
     def watch(self, quads: Iterator[Quad]) -> Iterator[Quad]:
-        """The same quads, measured as they pass."""
+        """The same quads, measured as they pass; members of a group beyond the first say nothing new."""
         for quad in quads:
+            if not quad.leads:
+                yield quad
+                continue
             self.quads["both views" if quad.trace and quad.empty else "trace only" if quad.trace else "empty only"] += 1
             for pair in filter(None, (quad.trace, quad.empty)):
                 self._measure(self.views[pair.view], pair)
@@ -86,6 +92,7 @@ class Report:
             "scorer": self.scorer,
             "quads": {**dict(self.quads), "total": sum(self.quads.values()), "splits": self.splits},
             "views": {view: one.summary() for view, one in self.views.items()},
+            **({"traces": {str(num): self.traces[num] for num in sorted(self.traces)}} if self.traces else {}),
         }
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from bvpo.core.calibration import CalibrationRow
 from bvpo.core.evaluation import MODES, Mode, OverSeeds, Verdict, difference_over_seeds, mean_over_seeds, prompt_values
 
 SCHEMA = 1
@@ -26,6 +27,8 @@ CURVES = (
     "empty/kl",
 )
 """Numbers of metrics.jsonl that are kept as training curves."""
+
+Outcome = Literal["confirmed", "not confirmed", "the opposite", "no data"]
 
 Runs = Mapping[str, Mapping[str, Sequence[Verdict]]]
 """Seed -> benchmark -> verdicts, of one method."""
@@ -69,6 +72,22 @@ class DifferenceRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeclaredRow:
+    """What became of a declared comparison (``better`` above ``than``). ``result`` is the difference at the level of this
+    row; ``beforehand`` says whether the comparison stood in the config when none of its results existed."""
+
+    name: str
+    better: str
+    than: str
+    benchmark: str
+    mode: Mode
+    metric: str
+    result: OverSeeds
+    outcome: Outcome
+    beforehand: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CurveRow:
     """A number of metrics.jsonl over the optimizer steps, averaged over the seeds that have it at that step."""
 
@@ -92,6 +111,8 @@ class Results:
     methods: tuple[MethodRow, ...]
     scores: tuple[ScoreRow, ...]
     differences: tuple[DifferenceRow, ...]
+    declared: tuple[DeclaredRow, ...] = ()
+    calibration: tuple[CalibrationRow, ...] = ()
     curves: tuple[CurveRow, ...]
     drops: dict[str, Any]
     stochasticity: dict[str, Any]
@@ -102,10 +123,10 @@ class Results:
 def score_rows(method: str, runs: Runs, *, level: float = 0.95) -> list[ScoreRow]:
     """Every metric of one method over its seeds, in the order of benchmark, mode and metric."""
     rows = []
-    for benchmark in _benchmarks(runs):
+    for benchmark in benchmarks_in(runs):
         for mode in MODES:
-            for metric in _metrics(runs, benchmark, mode):
-                values = _values(runs, benchmark, mode, metric)
+            for metric in metrics_of(runs, benchmark, mode):
+                values = seed_values(runs, benchmark, mode, metric)
                 result = mean_over_seeds(values, level=level)
                 rows.append(ScoreRow(method=method, benchmark=benchmark, mode=mode, metric=metric, result=result))
     return rows
@@ -116,10 +137,10 @@ def difference_rows(
 ) -> list[DifferenceRow]:
     """The method against the baseline, on everything that both were evaluated on."""
     rows = []
-    for benchmark in _benchmarks(runs):
+    for benchmark in benchmarks_in(runs):
         for mode in MODES:
-            for metric in _metrics(runs, benchmark, mode):
-                mine, theirs = (_values(side, benchmark, mode, metric) for side in (runs, baseline_runs))
+            for metric in metrics_of(runs, benchmark, mode):
+                mine, theirs = (seed_values(side, benchmark, mode, metric) for side in (runs, baseline_runs))
                 if mine.keys() & theirs.keys():
                     result = difference_over_seeds(mine, theirs, level=level)
                     row = DifferenceRow(
@@ -129,11 +150,12 @@ def difference_rows(
     return rows
 
 
-def _benchmarks(runs: Runs) -> list[str]:
+def benchmarks_in(runs: Runs) -> list[str]:
+    """In the order in which they are met."""
     return list(dict.fromkeys(benchmark for by_benchmark in runs.values() for benchmark in by_benchmark))
 
 
-def _metrics(runs: Runs, benchmark: str, mode: Mode) -> list[str]:
+def metrics_of(runs: Runs, benchmark: str, mode: Mode) -> list[str]:
     """The benchmark's metrics, its own first, then the shares; those without any value are left out."""
     found: dict[str, None] = {}
     for by_benchmark in runs.values():
@@ -143,7 +165,7 @@ def _metrics(runs: Runs, benchmark: str, mode: Mode) -> list[str]:
     return [*found, *(SHARES if found else ())]
 
 
-def _values(runs: Runs, benchmark: str, mode: Mode, metric: str) -> dict[str, dict[str, float]]:
+def seed_values(runs: Runs, benchmark: str, mode: Mode, metric: str) -> dict[str, dict[str, float]]:
     """Seed -> prompt -> value."""
     out = {}
     for seed, by_benchmark in runs.items():

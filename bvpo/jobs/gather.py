@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bvpo.config import ExperimentConfig
+from bvpo.core.calibration import HeldOutPair, calibration_rows
 from bvpo.core.evaluation import MODE_VIEWS, MODES, Mode, Verdict
 from bvpo.core.keys import hash_int
 from bvpo.core.results import (
@@ -25,6 +26,7 @@ from bvpo.core.results import (
     score_rows,
     with_sums,
 )
+from bvpo.jobs.declaring import rows_of
 from bvpo.jobs.plan import DATA_FOLDER, home, seeds_of
 from bvpo.jobs.tuning import read_tuned
 from bvpo.records import Prompt, Sample
@@ -86,6 +88,10 @@ def gather(config: ExperimentConfig, command: str) -> Results:
             if name != baseline and baseline in runs
             for row in difference_rows(name, runs[name], baseline, runs[baseline], level=LEVEL)
         ),
+        declared=rows_of(config, home(config), runs, LEVEL),
+        calibration=tuple(
+            row for name, by_seed in folders.items() for row in calibration_rows(name, _held_out(by_seed), level=LEVEL)
+        ),
         curves=tuple(row for name, by_seed in folders.items() for row in curve_rows(name, _logs(by_seed))),
         drops=_drops(data),
         stochasticity=_stochasticity(data),
@@ -135,6 +141,11 @@ def _logs(by_seed: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
         if path.is_file():
             logs[seed] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     return logs
+
+
+def _held_out(by_seed: Mapping[str, Path]) -> dict[str, list[HeldOutPair]]:
+    files = {seed: folder / "train" / "held_out.jsonl" for seed, folder in by_seed.items()}
+    return {seed: list(read_jsonl(path, HeldOutPair)) for seed, path in files.items() if path.is_file()}
 
 
 def _data_folders(config: ExperimentConfig) -> list[Path]:

@@ -83,13 +83,16 @@ def check_run(config: ExperimentConfig) -> None:
         raise UserError(f"run.baseline: no method {config.run.baseline!r}{did_you_mean(config.run.baseline, methods)}")
     if DATA_FOLDER in methods:
         raise UserError(f"run.methods.{DATA_FOLDER}: this name is taken by the folder of the pairs")
-    if overlap := set(seeds_of(config)) & set(config.run.tune.seeds):
-        raise UserError(
-            f"run.tune.seeds: {min(overlap)} is also a seed of the comparison; tuning needs seeds of its own"
-        )
+    tune = config.run.tune
+    for name, others, what in (
+        ("seeds", seeds_of(config), "the comparison"),
+        ("final_seeds", (*seeds_of(config), *tune.seeds), "the comparison or of run.tune.seeds"),
+    ):
+        if overlap := set(others) & set(getattr(tune, name)):
+            raise UserError(f"run.tune.{name}: {min(overlap)} is also a seed of {what}; tuning needs seeds of its own")
     for name, table in methods.items():
         method_config(config, name, table)
-    for name, other in config.run.tune.same.items():
+    for name, other in tune.same.items():
         for one in (name, other):
             if one not in methods:
                 raise UserError(f"run.tune.same: no method {one!r}{did_you_mean(str(one), methods)}")

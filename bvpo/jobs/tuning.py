@@ -1,7 +1,8 @@
 """Tuning of a comparison: the same grid for every method, on seeds and prompts of its own; the best cell by one objective.
 
-In: the experiment config; out: the jobs of all cells, and from their evaluations the tuned values as TOML text and a log of
-every cell. Ties go to the earlier cell. Nothing here runs a job or writes a file.
+In: the experiment config; out: the jobs of all cells, those of the best cells of each method on further seeds, and from
+their evaluations the tuned values as TOML text and a log of every cell. Ties go to the earlier cell. Nothing here runs a
+job or writes a file.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ TUNING = "tuning"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One method with one combination of the grid's values, and the folders of its runs."""
+    """One method with one combination of the grid's values (the ``number``-th), and the folders of its runs by seed."""
 
     method: str
+    number: int
     settings: dict[str, Any]
     folders: tuple[Path, ...]
 
 
-def plan_tuning(config: ExperimentConfig) -> tuple[list[Job], list[Cell]]:
-    """The jobs of every cell on every tuning seed, below ``ROOT/NAME/tuning``."""
+def plan_tuning(config: ExperimentConfig, kept: Sequence[Cell] | None = None) -> tuple[list[Job], list[Cell]]:
+    """The jobs of every cell on every tuning seed, below ``ROOT/NAME/tuning``; those of the ``kept`` cells on the final
+    seeds, if cells are given, whose folders then are all that they have."""
     check_run(config)
     _require(config)
     apart = with_settings(config, "run.tune.settings", config.run.tune.settings)
@@ -40,16 +43,22 @@ def plan_tuning(config: ExperimentConfig) -> tuple[list[Job], list[Cell]]:
     jobs = [job for job in plan(config) if job.name == "model"]
     shared = tuple(job.name for job in jobs)
     cells: list[Cell] = []
-    data = {seed: data_job(own, seed, shared) for seed in config.run.tune.seeds}
+    seeds = config.run.tune.seeds if kept is None else config.run.tune.final_seeds
+    before = {(cell.method, cell.number): cell for cell in kept or ()}
+    data = {seed: data_job(own, seed, shared) for seed in seeds}
     jobs += data.values()
     for name in config.run.methods:
         trained = not method_job(own, name, 0, next(iter(data.values())), {}).config.evaluate.model
         if not trained or name in config.run.tune.same:
             continue
         for number, settings in enumerate(grid_cells(config, name)):
+            if kept is not None and (name, number) not in before:
+                continue
             found = [method_job(own, name, seed, data[seed], settings, f"{name}.{number}") for seed in data]
             jobs += found
-            cells.append(Cell(method=name, settings=settings, folders=tuple(job.folder for job in found)))
+            folders = before[name, number].folders if kept is not None else ()
+            folders += tuple(job.folder for job in found)
+            cells.append(Cell(method=name, number=number, settings=settings, folders=folders))
     return jobs, cells
 
 
@@ -80,17 +89,51 @@ def objective(folder: Path, names: Sequence[str]) -> float:
     return sum(values) / len(values)
 
 
-def choose(cells: Sequence[Cell], names: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Method -> its best settings, and every cell with its scores, in the order of the grid."""
+def finalists(cells: Sequence[Cell], names: Sequence[str], num: int) -> list[Cell]:
+    """The ``num`` best cells of each method, in the order of the grid."""
+    chosen = []
+    for method in dict.fromkeys(cell.method for cell in cells):
+        ranked = sorted((cell for cell in cells if cell.method == method), key=lambda cell: -_mean(cell, names))
+        chosen += sorted(ranked[:num], key=lambda cell: cell.number)
+    return chosen
+
+
+def _mean(cell: Cell, names: Sequence[str]) -> float:
+    scores = [objective(folder, names) for folder in cell.folders]
+    return sum(scores) / len(scores)
+
+
+def choose(
+    cells: Sequence[Cell], names: Sequence[str], finals: Sequence[Cell] = ()
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """Method -> its best settings, and every cell with its scores by seed, in the order of the grid. Where there are
+    ``finals``, which hold more seeds of some cells, the best is one of them."""
+    further = {(cell.method, cell.number): cell for cell in finals}
     log: list[dict[str, Any]] = []
     best: dict[str, tuple[float, dict[str, Any]]] = {}
     for cell in cells:
-        scores = [objective(folder, names) for folder in cell.folders]
-        mean = sum(scores) / len(scores)
-        log.append({"method": cell.method, "settings": cell.settings, "scores": scores, "mean": mean})
-        if cell.method not in best or mean > best[cell.method][0]:
+        last = further.get((cell.method, cell.number), cell)
+        mean = _mean(last, names)
+        scores = [objective(folder, names) for folder in last.folders]
+        log.append(
+            {"method": cell.method, "settings": cell.settings, "scores": scores, "mean": mean, "final": last in finals}
+        )
+        runs_for_it = not finals or last in finals
+        if runs_for_it and (cell.method not in best or mean > best[cell.method][0]):
             best[cell.method] = (mean, cell.settings)
     return {method: settings for method, (_, settings) in best.items()}, log
+
+
+def at_edges(config: ExperimentConfig, best: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What was chosen at an end of its values, so that a better one may lie beyond: 'dpo: train.learning_rate = 0.002'."""
+    found = []
+    for method, settings in best.items():
+        cells = grid_cells(config, method)
+        for key, value in settings.items():
+            tried = sorted({cell[key] for cell in cells if isinstance(cell[key], int | float)})
+            if len(tried) > 1 and value in (tried[0], tried[-1]):
+                found.append(f"{method}: {key} = {value:g}")
+    return found
 
 
 def tuned_toml(config: ExperimentConfig, best: Mapping[str, Mapping[str, Any]]) -> str:
@@ -98,7 +141,8 @@ def tuned_toml(config: ExperimentConfig, best: Mapping[str, Mapping[str, Any]]) 
     tune = config.run.tune
     lines = [
         f"# Tuned values of the experiment {config.name!r}, written by `bvpo run ... --tune`; the log of every cell is",
-        f"# beside this file. Seeds {', '.join(map(str, tune.seeds))}; chosen by the mean of {', '.join(tune.objective)}.",
+        f"# beside this file. Seeds {_seeds(config)};",
+        f"# chosen by the mean of {', '.join(tune.objective)}.",
     ]
     for method, settings in best.items():
         lines += [
@@ -109,17 +153,24 @@ def tuned_toml(config: ExperimentConfig, best: Mapping[str, Mapping[str, Any]]) 
     return "\n".join(lines) + "\n"
 
 
+def _seeds(config: ExperimentConfig) -> str:
+    tune = config.run.tune
+    first = ", ".join(map(str, tune.seeds))
+    final = ", ".join(map(str, tune.final_seeds))
+    return f"{first}, and {final} for the best {tune.finalists} cells of each method" if final else first
+
+
 def _key(name: str) -> str:
     return json.dumps(name) if not name.replace("-", "").replace("_", "").isalnum() else name
 
 
 def read_tuned(config: ExperimentConfig) -> dict[str, dict[str, Any]]:
-    """Method -> tuned settings; empty where the config names no file."""
+    """Method -> tuned settings; empty without a file, which may be that of an experiment with more methods."""
     path = config.run.tune.file
     if not path:
         return {}
     tables = read_tables(path)
-    unknown = [name for name in tables if name not in config.run.methods]
-    if unknown:
-        raise UserError(f"{path}: no method {unknown[0]!r} in run.methods")
+    if tables and not set(tables) & set(config.run.methods):
+        raise UserError(f"{path}: none of its methods ({', '.join(tables)}) is in run.methods")
+    tables = {name: table for name, table in tables.items() if name in config.run.methods}
     return tables | {name: tables[other] for name, other in config.run.tune.same.items() if other in tables}

@@ -83,10 +83,14 @@ def dot_chart(
 
 
 def curve_chart(
-    curves: Sequence[Curve], *, x_label: str, y_label: str, log: bool = False, log_y: bool = False, salt: str
-) -> Markup:
-    """Lines over a common axis, told apart by colour and dashes; ``log`` is the x axis."""
+    curves: Sequence[Curve], *, x_label: str, y_label: str, log: bool = False, log_y: bool = False,
+    diagonal: tuple[float, float] | None = None, salt: str,
+) -> Markup:  # fmt: skip
+    """Lines over a common axis, told apart by colour and dashes; ``log`` is the x axis. ``diagonal`` are the ends of a thin
+    line where y = x."""
     with _figure(height=3.3, salt=salt) as (figure, axes, done):
+        if diagonal is not None:
+            axes.plot(diagonal, diagonal, color=_INK, linewidth=0.8, zorder=0)
         for number, curve in enumerate(curves):
             axes.plot(
                 curve.x, curve.y, color=COLORS[number % len(COLORS)], linestyle=_LINES[number % len(_LINES)],

@@ -13,6 +13,7 @@ from bvpo.config import ExperimentConfig
 from bvpo.core.evaluation import MODE_TITLES, MODES, OverSeeds
 from bvpo.core.results import SHARES, DifferenceRow, Results, ScoreRow
 from bvpo.report.charts import Chart, Curve, Point, curve_chart, dot_chart
+from bvpo.report.reliability import reliability_charts, reliability_table
 
 TITLES = {
     "loss": "training loss",
@@ -109,6 +110,16 @@ def differences(results: Results) -> tuple[list[str], list[list[str]]]:
     return [f"minus {results.baseline}", *(label(key) for key in keys)], rows
 
 
+def declared(results: Results) -> tuple[list[str], list[list[str]]]:
+    """What was declared, and what became of it."""
+    rows = []
+    for row in results.declared:
+        what = f"{row.better} above {row.than}: {label((row.benchmark, row.mode, row.metric))}"
+        late = "" if row.beforehand else " (declared late)"
+        rows.append([what, interval(row.result, sign=True), str(row.result.num_seeds), row.outcome + late])
+    return ["declared", "difference", "seeds", "outcome"], rows
+
+
 def budgets(results: Results) -> tuple[list[str], list[list[str]]]:
     header = ["method", "trace pairs", "empty pairs", "tokens", "steps", "learning rate and beta (tuned)"]
     rows = []
@@ -137,7 +148,7 @@ def shares(results: Results) -> tuple[list[str], list[list[str]]]:
 def text_table(results: Results) -> str:
     """The headline and the differences for a terminal."""
     parts = []
-    for header, rows in (headline(results), differences(results)):
+    for header, rows in (headline(results), differences(results), declared(results)):
         if rows:
             parts.append(_aligned([header, *rows]))
     return "\n".join(parts)
@@ -311,10 +322,15 @@ def alpha_sweep(config: ExperimentConfig, results: Results) -> list[tuple[float,
     return sorted(found.items())
 
 
-def training_charts(results: Results) -> Iterator[Chart]:
-    """Curves of the first few methods, which is as many as a reader can tell apart."""
+def _first_trained(results: Results) -> list[str]:
+    """As many methods as a reader can tell apart, the baseline first."""
     trained = [row.name for row in results.methods if row.trained]
-    chosen = list(dict.fromkeys([results.baseline, *trained]))[:_MOST_CURVES]
+    return list(dict.fromkeys([results.baseline, *trained]))[:_MOST_CURVES]
+
+
+def training_charts(results: Results) -> Iterator[Chart]:
+    """Curves of the first few methods."""
+    chosen = _first_trained(results)
     for name in dict.fromkeys(row.name for row in results.curves):
         found = [row for row in results.curves if row.name == name and row.method in chosen]
         if found:
@@ -378,12 +394,15 @@ def page_values(config: ExperimentConfig, results: Results) -> dict[str, Any]:
         "caution": caution(results),
         "headline": headline(results),
         "differences": differences(results),
+        "declared": declared(results),
         "budgets": budgets(results),
         "shares": shares(results),
         "score_charts": list(score_charts(results)),
         "difference_charts": list(difference_charts(results)),
         "sweep_charts": list(sweep_charts(config, results)),
         "training_charts": list(training_charts(results)),
+        "reliability": reliability_table(results),
+        "reliability_charts": list(reliability_charts(results, _first_trained(results))),
         "stochasticity": stochasticity(results),
         "drops": drops,
         "drops_text": [(stage, reason.replace("_", " "), f"{count:,}") for stage, reason, count in drops],

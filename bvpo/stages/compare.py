@@ -1,56 +1,115 @@
-"""``bvpo compare A B``: paired differences between the evaluations of two models, per benchmark, mode and metric.
+"""``bvpo compare A B``: paired differences between two evaluations, or between methods of comparisons over seeds.
 
-Reads ``verdicts.jsonl`` and the results of both evaluations, prompt by prompt, and prints A - B with an interval over the
-prompts that both have, and what only one of them has. It refuses what cannot be compared: other prompts under the same
-names, or values of two scorers. It changes nothing and draws no conclusion.
+Reads the verdicts and results of both sides and prints A - B per benchmark, mode and metric, paired by prompt, and by seed
+where ``bvpo run`` made several, with what only one side has and what differs in the making. It refuses what cannot be
+compared: other prompts under the same names, values of two scorers, nothing to pair. It writes a page if asked to.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import shlex
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bvpo.core.comparing import EvaluationRow, SeedsRow, method_pairs, seeds_rows
 from bvpo.core.evaluation import (
     MEASURES,
     MODE_TITLES,
     MODES,
     Mode,
-    PairedDifference,
     Verdict,
     paired_difference,
     prompt_means,
     prompt_values,
 )
+from bvpo.jobs.gather import read_runs
 from bvpo.look import LookParser, experiment_folder
 from bvpo.records import Prompt
-from bvpo.report.tables import aligned, number, shown
-from bvpo.store import differences
+from bvpo.report.compare import Told, of_evaluations, of_methods, page_values, text_lines
+from bvpo.report.pages import render_page
+from bvpo.store import differences, write_atomically
 from bvpo.strict import UserError, parse_json, read_jsonl
 
+logger = logging.getLogger(__name__)
+
 ABOUT = (
-    "Compare two evaluations prompt by prompt: A - B per benchmark, mode and metric, with intervals over prompts. A and B "
-    "are experiments, or folders of their evaluations. Changes nothing."
+    "Compare two evaluations prompt by prompt, or methods of comparisons that bvpo run made, by seed and prompt: A - B per "
+    "benchmark, mode and metric, with intervals. A and B are experiments, or folders of their evaluations. Changes nothing "
+    "in them."
 )
-RESULTS, VERDICTS = "results.json", "verdicts.jsonl"
+RESULTS, VERDICTS, PAGE = "results.json", "verdicts.jsonl", "compare.html"
 
 
 def main(argv: Sequence[str]) -> int | None:
-    parser = LookParser("compare", ABOUT)
-    parser.add_argument("other", metavar="EXPERIMENT", help="the evaluation to compare with")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    words = parser.parse_args(argv)
-    a, b = (read_evaluation(experiment_folder(text)) for text in (words.experiment, words.other))
-    comparisons = compare(a, b)
+    words = _parser().parse_args(argv)
+    page = None if words.html is None else Path(words.html)
+    if page is not None and (page.is_dir() or not page.parent.is_dir()):
+        raise UserError(f"--html: {page}: expected a file in a folder that is there")
+    a = read_side(experiment_folder(words.experiment))
+    b = a if words.other is None else read_side(experiment_folder(words.other))
+    if isinstance(a, Comparison) and isinstance(b, Comparison):
+        rows, notes = compare_methods(a, b, words.method)
+        told = of_methods(str(a.folder), str(b.folder), rows, notes)
+    elif isinstance(a, Evaluation) and isinstance(b, Evaluation):
+        _require_two(words)
+        rows, notes = compare(a, b), _version_notes(a, b)
+        told = of_evaluations(str(a.folder), str(b.folder), rows, notes)
+    else:
+        whole, one = (a, b) if isinstance(a, Comparison) else (b, a)
+        assert isinstance(whole, Comparison)
+        raise UserError(
+            f"{whole.folder} is a comparison of methods and {one.folder} one evaluation; name one of the methods' folders, "
+            f"such as {whole.example}"
+        )
     if words.json:
-        data = {"a": str(a.folder), "b": str(b.folder), "comparisons": [asdict(one) for one in comparisons]}
+        data = {"a": str(a.folder), "b": str(b.folder), "comparisons": [asdict(row) for row in rows], "notes": notes}
         sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     else:
-        sys.stdout.write("\n".join(text_table(a, b, comparisons)) + "\n")
+        sys.stdout.write("\n".join(text_lines(told)) + "\n")
+    if page is not None:
+        write_page(page, told, a, b, f"bvpo compare {shlex.join(argv)}")
     return None
+
+
+def _parser() -> LookParser:
+    parser = LookParser("compare", ABOUT)
+    parser.add_argument(
+        "other", nargs="?", metavar="EXPERIMENT", help="what to compare with (default: the same comparison)"
+    )
+    parser.add_argument(
+        "--method", action="append", default=[], metavar="NAME[,OTHER]",
+        help="of comparisons: this method of both, or A's NAME and B's OTHER (default: every method that both have); "
+        "may be given more than once",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--html", nargs="?", const=PAGE, metavar="FILE", help=f"also write a page with plots (default {PAGE})"
+    )
+    return parser
+
+
+def _require_two(words: Any) -> None:
+    if words.other is None:
+        raise UserError(f"{words.experiment} is one evaluation; name another one to compare it with")
+    if words.method:
+        raise UserError("--method chooses among the methods of a comparison; these are single evaluations")
+
+
+def write_page(path: Path, told: Told, a: Side, b: Side, command: str) -> None:
+    """The comparison as one self-contained page."""
+    values = page_values(told, command=command, versions={"A": a.versions, "B": b.versions})
+    write_atomically(path, render_page("compare.html", **values))
+    logger.info("page         %s", path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is compared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,63 +119,224 @@ class Evaluation:
     folder: Path
     benchmarks: Mapping[str, Mapping[Mode, Mapping[str, Any]]]
 
+    @property
+    def versions(self) -> Mapping[str, Any]:
+        """Those of the first result."""
+        return next((one["versions"] for modes in self.benchmarks.values() for one in modes.values()), {})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One line of the comparison. ``notes`` say how the two were made differently."""
+class Comparison:
+    """Methods over seeds; ``methods`` maps method -> seed -> experiment folder, of what is evaluated."""
 
-    benchmark: str
-    mode: Mode
-    metric: str
-    paired: PairedDifference
-    notes: tuple[str, ...] = field(default=())
+    folder: Path
+    methods: Mapping[str, Mapping[str, Path]]
+    versions: Mapping[str, Any]
+
+    @property
+    def example(self) -> Path:
+        return next(iter(next(iter(self.methods.values())).values()))
 
 
-def read_evaluation(folder: Path) -> Evaluation:
-    """The evaluation in a folder, or in its folder eval."""
+Side = Evaluation | Comparison
+
+
+def read_side(folder: Path) -> Side:
+    """The evaluation in a folder or in its folder eval, or the comparison in a folder."""
     for place in (folder, folder / "eval"):
-        path = place / RESULTS
-        if path.is_file():
-            data = parse_json(path.read_text(encoding="utf-8"), str(path))
-            if isinstance(data, dict) and data.get("kind") == "evaluation":
-                return Evaluation(folder=place, benchmarks=data["benchmarks"])
+        data = _read(place / RESULTS)
+        if data.get("kind") == "evaluation":
+            return Evaluation(folder=place, benchmarks=data["benchmarks"])
+        if "methods" in data and any(folder.glob("seed-*")):
+            return _comparison(folder, data)
+    if any(folder.glob("seed-*/*/eval")):
+        raise UserError(f"{folder}: a comparison without {RESULTS}; bvpo report {folder} writes it")
     raise UserError(f"{folder}: no evaluation in it; run bvpo evaluate first, or name the folder of an evaluation")
 
 
-def compare(a: Evaluation, b: Evaluation) -> list[Row]:
+def _read(path: Path) -> dict[str, Any]:
+    data = parse_json(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+    return data if isinstance(data, dict) else {}
+
+
+def _comparison(folder: Path, data: Mapping[str, Any]) -> Comparison:
+    """By its own folder, wherever that lies now."""
+    methods: dict[str, dict[str, Path]] = {}
+    for name in (row["name"] for row in data["methods"]):
+        places = {str(seed): folder / f"seed-{seed}" / name for seed in data["seeds"]}
+        if there := {seed: place for seed, place in places.items() if (place / "eval" / RESULTS).is_file()}:
+            methods[name] = there
+    if not methods:
+        raise UserError(f"{folder}: none of its methods has an evaluation")
+    return Comparison(folder=folder, methods=methods, versions=data["versions"])
+
+
+def _version_notes(a: Side, b: Side) -> list[str]:
+    return [f"{note} (B -> A)" for note in differences({"versions": b.versions}, {"versions": a.versions})]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# two evaluations
+
+
+def compare(a: Evaluation, b: Evaluation) -> list[EvaluationRow]:
     """Every benchmark, mode and metric that both have."""
+    rows = [row for name in _shared_benchmarks(a, b) for row in _compare_benchmark(a, b, name)]
+    if not rows:
+        raise UserError(f"no mode and metric in common in {', '.join(_shared_benchmarks(a, b))}")
+    return rows
+
+
+def _shared_benchmarks(a: Evaluation, b: Evaluation) -> list[str]:
     shared = [name for name in a.benchmarks if name in b.benchmarks]
     if not shared:
         raise UserError(f"no benchmark in common: {_names(a)}; {_names(b)}")
-    rows = [row for name in shared for row in _compare_benchmark(a, b, name)]
-    if not rows:
-        raise UserError(f"no mode and metric in common in {', '.join(shared)}")
-    return rows
+    return shared
 
 
 def _names(one: Evaluation) -> str:
     return f"{one.folder} has {', '.join(one.benchmarks) or 'none'}"
 
 
-def _compare_benchmark(a: Evaluation, b: Evaluation, name: str) -> Iterator[Row]:
-    _require_same_prompts(a.folder / name, b.folder / name)
+def _compare_benchmark(a: Evaluation, b: Evaluation, name: str) -> Iterator[EvaluationRow]:
+    if not num_same_prompts(a.folder / name, b.folder / name):
+        raise UserError(f"{a.folder / name} and {b.folder / name} have no prompt in common, so nothing can be paired")
     verdicts = [list(read_jsonl(one.folder / name / VERDICTS, Verdict)) for one in (a, b)]
+    for mode, notes in check_making(a, b, name).items():
+        ours, theirs = (one.benchmarks[name][mode]["metrics"] for one in (a, b))
+        for metric in (metric for metric in ours if metric in theirs):
+            binary = ours[metric]["binary"] and theirs[metric]["binary"]
+            values = [prompt_values(found, mode, metric) for found in verdicts]
+            paired = paired_difference(*values, bound=1.0 if binary else None)
+            yield EvaluationRow(benchmark=name, mode=mode, metric=metric, paired=paired, notes=notes)
+        for measure, bound in (("unclosed", 1.0), ("tokens", None)):
+            values = [prompt_means(found, mode, MEASURES[measure]) for found in verdicts]
+            paired = paired_difference(*values, bound=bound)
+            yield EvaluationRow(benchmark=name, mode=mode, metric=f"({measure})", paired=paired)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# methods over seeds
+
+
+def compare_methods(a: Comparison, b: Comparison, wanted: Sequence[str]) -> tuple[list[SeedsRow], list[str]]:
+    """Every pair of methods on everything that both were evaluated on, and what to know about it."""
+    same = a.folder.resolve() == b.folder.resolve()
+    pairs = method_pairs(list(a.methods), list(b.methods), wanted, same)
+    rows: list[SeedsRow] = []
+    notes: dict[str, list[str]] = {}  # -> the pairs that it is about
+    for pair in pairs:
+        sides = a.methods[pair[0]], b.methods[pair[1]]
+        shared = [seed for seed in sides[0] if seed in sides[1]]
+        if not shared:
+            seeds = [", ".join(side) for side in sides]
+            raise UserError(
+                f"no seed in common, so nothing can be paired: {a.folder} has {pair[0]} on {seeds[0]}, {b.folder} has "
+                f"{pair[1]} on {seeds[1]}"
+            )
+        both = [(_evaluation(sides[0][seed]), _evaluation(sides[1][seed])) for seed in shared]
+        _require_prompts(both)
+        for note in _pair_notes(*sides, both):
+            notes.setdefault(note, []).append(pair[0] if pair[0] == pair[1] else " - ".join(pair))
+        rows += seeds_rows(pair, *(read_runs({seed: side[seed] for seed in shared}) for side in sides))
+    if not rows:
+        raise UserError(f"{a.folder} and {b.folder}: no benchmark, mode and metric in common")
+    said = [note if len(about) == len(pairs) else f"{', '.join(about)}: {note}" for note, about in notes.items()]
+    return rows, [*_unpaired_methods(a, b, wanted), *said, *_version_notes(a, b)]
+
+
+Both = tuple[Evaluation, Evaluation]  # A's and B's on one seed
+
+
+def _require_prompts(both: Sequence[Both]) -> None:
+    """Refuses a benchmark that has no prompt in common on any seed."""
+    common: dict[str, int] = {}
+    for a, b in both:
+        for name in (name for name in a.benchmarks if name in b.benchmarks):
+            common[name] = common.get(name, 0) + num_same_prompts(a.folder / name, b.folder / name)
+    if alone := [name for name, num in common.items() if not num]:
+        one, other = (evaluation.folder.parent for evaluation in both[0])
+        raise UserError(
+            f"{one} and {other} have no prompt in common in {', '.join(alone)}, nor on other seeds, so nothing can be paired"
+        )
+
+
+def _evaluation(folder: Path) -> Evaluation:
+    found = read_side(folder)
+    assert isinstance(found, Evaluation), f"{folder} is no evaluation"
+    return found
+
+
+def _pair_notes(ours: Mapping[str, Path], theirs: Mapping[str, Path], both: Sequence[Both]) -> dict[str, None]:
+    """Seeds and benchmarks of one side only, and what differs in the settings and in the sampling."""
+    notes: dict[str, None] = {}
+    for side, mine, other in (("A", ours, theirs), ("B", theirs, ours)):
+        if alone := [seed for seed in mine if seed not in other]:
+            notes[f"seeds in {side} only, left out: {', '.join(alone)}"] = None
+    for a, b in both:
+        for side, one, other in (("A", a, b), ("B", b, a)):
+            if alone := [name for name in one.benchmarks if name not in other.benchmarks]:
+                notes[f"benchmarks in {side} only, left out: {', '.join(alone)}"] = None
+        notes |= {f"{note} (B -> A)": None for note in differences(*_settings(b.folder.parent, a.folder.parent))}
+        for name in (name for name in a.benchmarks if name in b.benchmarks):
+            for mode, changed in check_making(a, b, name).items():
+                notes |= {f"{name} {MODE_TITLES[mode]}: {note} (B -> A)": None for note in changed}
+    return notes
+
+
+def _unpaired_methods(a: Comparison, b: Comparison, wanted: Sequence[str]) -> Iterator[str]:
+    for side, mine, other in (("A", a, b), ("B", b, a)):
+        alone = [name for name in mine.methods if name not in other.methods]
+        if alone and not wanted:
+            yield f"methods in {side} only, left out: {', '.join(alone)}"
+
+
+_TRAINING = ("prompts", "sample", "score", "pair", "data", "train")
+_PLACES = ("name", "root", "run")
+
+
+def _settings(*folders: Path) -> list[dict[str, Any]]:
+    """Of each method, what decides its model: where it lies does not, and nothing of training where one is not trained."""
+    found = [tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")) for folder in folders]
+    untrained = any(config.get("evaluate", {}).get("model") for config in found)
+    for config in found:
+        for name in (*_PLACES, *(_TRAINING if untrained else ())):
+            config.pop(name, None)
+        for section, name in (("data", "quads"), ("train", "reference_cache"), ("evaluate", "folder")):
+            config.get(section, {}).pop(name, None)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what must agree
+
+
+def num_same_prompts(ours: Path, theirs: Path) -> int:
+    """How many prompts both benchmarks have. The same id must mean the same conversation and metadata, or differences
+    would be between prompts."""
+    found = [{prompt.id: prompt for prompt in read_jsonl(path / "prompts.jsonl", Prompt)} for path in (ours, theirs)]
+    common = [id for id in found[0] if id in found[1]]
+    for id in common:
+        one, other = (prompts[id] for prompts in found)
+        if (one.messages, one.meta) != (other.messages, other.meta):
+            raise UserError(f"{ours} and {theirs}: prompt {id!r} is not the same in both, so they cannot be compared")
+    return len(common)
+
+
+def check_making(a: Evaluation, b: Evaluation, name: str) -> dict[Mode, tuple[str, ...]]:
+    """For each mode that both have, how the two were made differently; refuses metrics that two scorers gave."""
+    found: dict[Mode, tuple[str, ...]] = {}
     for mode in MODES:
         ours, theirs = (one.benchmarks[name].get(mode) for one in (a, b))
         if ours is None or theirs is None:
             continue
-        notes = tuple(differences(_how(theirs), _how(ours)))
-        for metric in ours["metrics"]:
-            if metric not in theirs["metrics"]:
-                continue
-            _require_same_scorer(a, b, f"{name}, {metric}", ours["scorers"][metric], theirs["scorers"][metric])
-            binary = all(one["metrics"][metric]["binary"] for one in (ours, theirs))
-            values = [prompt_values(found, mode, metric) for found in verdicts]
-            paired = paired_difference(*values, bound=1.0 if binary else None)
-            yield Row(benchmark=name, mode=mode, metric=metric, paired=paired, notes=notes)
-        for measure, bound in (("unclosed", 1.0), ("tokens", None)):
-            values = [prompt_means(found, mode, MEASURES[measure]) for found in verdicts]
-            yield Row(benchmark=name, mode=mode, metric=f"({measure})", paired=paired_difference(*values, bound=bound))
+        found[mode] = tuple(differences(_how(theirs), _how(ours)))
+        for metric in (metric for metric in ours["metrics"] if metric in theirs["metrics"]):
+            scorers = [_scorer(one["scorers"][metric]) for one in (theirs, ours)]
+            if changed := differences(*scorers):
+                what, said = f"{name}, {metric}", "; ".join(changed[:3])
+                raise UserError(f"{what}: {b.folder} and {a.folder} were scored differently: {said}")
+    return found
 
 
 def _how(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,50 +345,7 @@ def _how(result: Mapping[str, Any]) -> dict[str, Any]:
     return {"sampling": sampling, "format": result["format"], "without_answer": result["without_answer"]}
 
 
-def _require_same_prompts(ours: Path, theirs: Path) -> None:
-    """The same id must mean the same conversation and metadata, or differences would be between prompts."""
-    found = [{prompt.id: prompt for prompt in read_jsonl(path / "prompts.jsonl", Prompt)} for path in (ours, theirs)]
-    common = [id for id in found[0] if id in found[1]]
-    if not common:
-        raise UserError(f"{ours} and {theirs} have no prompt in common, so nothing can be paired")
-    for id in common:
-        one, other = (prompts[id] for prompts in found)
-        if (one.messages, one.meta) != (other.messages, other.meta):
-            raise UserError(f"{ours} and {theirs}: prompt {id!r} is not the same in both, so they cannot be compared")
-
-
-def _require_same_scorer(
-    a: Evaluation, b: Evaluation, what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]
-) -> None:
-    if changed := differences(_scorer(theirs), _scorer(ours)):
-        raise UserError(f"{what}: {b.folder} and {a.folder} were scored differently: {'; '.join(changed[:3])}")
-
-
 def _scorer(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """A function is the same wherever its file lies."""
     path = fingerprint.get("path")
     return {**fingerprint, "path": path.rpartition(":")[2]} if isinstance(path, str) else dict(fingerprint)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what is said
-
-
-def text_table(a: Evaluation, b: Evaluation, comparisons: Sequence[Row]) -> Iterator[str]:
-    """Plain text: a line per comparison, then what was left out and what differs."""
-    yield f"A  {a.folder}"
-    yield f"B  {b.folder}"
-    rows = [["benchmark", "mode", "metric", "A", "B", "A - B", "prompts", "better", "equal", "worse"]]
-    notes: dict[str, None] = {}
-    for one in comparisons:
-        paired, title = one.paired, MODE_TITLES[one.mode]
-        counts = [f"{num:,}" for num in (paired.num_prompts, paired.better, paired.equal, paired.worse)]
-        means = [number(paired.mean_a), number(paired.mean_b), shown(paired.difference, sign=True)]
-        rows.append([one.benchmark, title, one.metric, *means, *counts])
-        if paired.only_a or paired.only_b:
-            missing = f"{paired.only_a:,} prompts have a value in A only, {paired.only_b:,} in B only"
-            notes[f"{one.benchmark} {title} {one.metric}: {missing}"] = None
-        notes |= {f"{one.benchmark} {title}: {note} (B -> A)": None for note in one.notes}
-    yield from aligned(rows, left=3)
-    yield from (f"  {note}" for note in notes)
-    yield f"  [low, high]: {100 * comparisons[0].paired.difference.level:g} % interval over the prompts that both have"

@@ -12,30 +12,22 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from bvpo.command import StageOptions, parse_command
-from bvpo.config import (
-    BenchmarkConfig,
-    ExperimentConfig,
-    FunctionScorerConfig,
-    ModelConfig,
-    SampleConfig,
-    ScoreConfig,
-    benchmarks_of,
-    dump_toml,
-)
+from bvpo.config import ExperimentConfig, ModelConfig, benchmarks_of, dump_toml
 from bvpo.core.evaluation import MODE_TITLES, MODE_VIEWS, Mode, ModeResult, Verdict, summarize
 from bvpo.core.formats import answer_offset, resolve_format
 from bvpo.core.overview import LastScore, last_scores
 from bvpo.core.scores import answer_text, score_key, scorer_id
+from bvpo.jobs.benchmarks import Benchmark, evaluated_model, prepare, whole_model
 from bvpo.records import Prompt, Sample, Score, View
 from bvpo.report.tables import evaluation_table
 from bvpo.scorers.base import ScoreItem
-from bvpo.scorers.function import FIELD, FunctionScorer
+from bvpo.scorers.function import FunctionScorer
 from bvpo.store import (
     RecordStore,
     begin_stage,
@@ -45,11 +37,9 @@ from bvpo.store import (
     versions,
     write_atomically,
 )
-from bvpo.store.benchmarks import BenchmarkPrompts, read_prompts
 from bvpo.store.disk import disk_errors, make_folder
 from bvpo.store.sources import fingerprint_file
 from bvpo.strict import UserError, to_dict, to_json, write_jsonl
-from bvpo.tomltext import UNSET
 from bvpo.verbs import run_stage
 
 logger = logging.getLogger(__name__)
@@ -103,104 +93,6 @@ def run(config: ExperimentConfig, options: StageOptions, *, rescore: bool = Fals
     for line in evaluation_table(results):
         logger.info("%s", line)
     logger.info("written to %s", folder / settings.folder / RESULTS)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what is evaluated, and on what
-
-
-def evaluated_model(config: ExperimentConfig) -> ModelConfig:
-    """The model as the stages that sample know it. One from elsewhere comes with its own tokenizer."""
-    wanted = config.evaluate.model
-    if wanted == "base":
-        return config.model
-    if wanted:
-        return replace(config.model, path=wanted, revision=None, tokenizer=None)
-    final = Path(config.root) / config.name / "train" / "final"
-    if not final.is_dir():
-        raise UserError(
-            f"{final}: no trained model; train first, or name another with evaluate.model ('base': model.path)"
-        )
-    return replace(config.model, path=str(final), revision=None)
-
-
-def whole_model(model: ModelConfig, target: Path, options: StageOptions) -> ModelConfig:
-    """The model itself, or an adapter merged into its base: engines sample from whole models."""
-    from bvpo.training.merging import base_of, is_adapter, merge_adapter
-
-    if not is_adapter(Path(model.path)):
-        return model
-    if options.dry_run and not target.is_dir():
-        return replace(model, path=base_of(Path(model.path)))  # as large as the merged one
-    merge_adapter(Path(model.path), target, trust_remote_code=model.trust_remote_code)
-    return replace(model, path=str(target))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Benchmark:
-    """One benchmark, ready to run. ``config`` is that of its own experiment folder."""
-
-    name: str
-    settings: BenchmarkConfig
-    modes: tuple[Mode, ...]
-    config: ExperimentConfig
-    read: BenchmarkPrompts
-    more: dict[str, FunctionScorer] = field(default_factory=dict)
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.root) / self.config.name
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        return (self.settings.metric, *self.settings.more)
-
-    def without_answer(self, metric: str) -> float | None:
-        """What a response without an answer counts; ``None`` leaves it out."""
-        of_scorer = metric == self.settings.metric and self.settings.scorer == "experiment"
-        value = self.settings.unclosed.get(metric, UNSET if of_scorer else 0.0)
-        return None if value == UNSET else float(value)
-
-
-def prepare(config: ExperimentConfig, model: ModelConfig, name: str, own: BenchmarkConfig) -> Benchmark:
-    """Reads the prompts and loads the functions, so that their mistakes come before any work."""
-    settings, place = config.evaluate, f"evaluate.benchmarks.{name}"
-    experiment = Path(config.root) / config.name
-    score = config.score
-    if own.scorer == "function":
-        _function(own.function, f"{place}.function")
-        score = ScoreConfig(scorer="function", function=FunctionScorerConfig(path=own.function))
-    try:
-        read = read_prompts(own.source, experiment, own.limit)
-    except UserError as error:
-        raise UserError(f"{place}.source: {str(error).removeprefix('prompts.sources: ')}") from None
-    sample = SampleConfig(
-        engine=config.sample.engine,
-        endpoints=config.sample.endpoints,
-        options=config.sample.options,
-        views=tuple(MODE_VIEWS[mode] for mode in settings.modes),
-        num_samples=own.num_samples or settings.num_samples,
-        temperature=settings.temperature if own.temperature is None else own.temperature,
-        top_p=settings.top_p,
-        max_new_tokens=own.max_new_tokens or settings.max_new_tokens,
-    )
-    return Benchmark(
-        name=name,
-        settings=own,
-        modes=settings.modes,
-        config=ExperimentConfig(
-            name=name, root=str(experiment / settings.folder), seed=config.seed, model=model, sample=sample, score=score
-        ),
-        read=read,
-        more={metric: _function(path, f"{place}.more.{metric}") for metric, path in own.more.items()},
-    )
-
-
-def _function(path: str, place: str) -> FunctionScorer:
-    try:
-        return FunctionScorer(FunctionScorerConfig(path=path))
-    except UserError as error:
-        raise UserError(f"{place}{str(error).removeprefix(FIELD)}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -131,7 +131,8 @@ def _pairs(folder: Path, notes: dict[str, PromptNote]) -> tuple[dict[str, Role],
     for path in files:
         for quad in read_jsonl(path, Quad):
             # a prompt's second quad is named ID-2; its samples know their prompt anyway
-            note = notes.get(quad.id) or notes.get(quad.id.rpartition("-")[0])
+            name = quad.group or quad.id
+            note = notes.get(name) or notes.get(name.rpartition("-")[0])
             for pair in filter(None, (quad.trace, quad.empty)):
                 _note_pair(pair, note, roles)
     return roles, bool(files)

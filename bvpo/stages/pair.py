@@ -21,7 +21,7 @@ from typing import IO
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
 from bvpo.core.keys import content_hash
-from bvpo.core.pairing import DROPS, Candidate, Choice, select_pairs
+from bvpo.core.pairing import DROPS, Candidate, Choice, select_pairs, with_traces
 from bvpo.core.pairing_report import Report
 from bvpo.core.scores import ATTEMPT, NO_ANSWER, answer_text, score_key
 from bvpo.records import VIEWS, Pair, Prompt, Quad, Response, Sample, Score, View
@@ -50,7 +50,7 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
     samples = RecordStore(folder / "samples", Sample)
     scores = read_scores(RecordStore(folder / "scores", Score, key=score_key))
     report = Report(scorer=scores.scorer)
-    candidates = find_candidates(prompts, samples, scores, report)
+    candidates = find_candidates(prompts, samples, scores, config, report)
     choices = choose(prompts, candidates, config, report)
     _say(report)
     if not any(choices.values()):
@@ -123,18 +123,30 @@ def read_scores(store: RecordStore[Score]) -> Scores:
 
 
 def find_candidates(
-    prompts: Mapping[str, Prompt], samples: RecordStore[Sample], scores: Scores, report: Report
+    prompts: Mapping[str, Prompt],
+    samples: RecordStore[Sample],
+    scores: Scores,
+    config: ExperimentConfig,
+    report: Report,
 ) -> dict[tuple[str, View], list[Candidate]]:
     """The samples of every prompt and view, reduced to what pairing looks at."""
     found: defaultdict[tuple[str, View], list[Candidate]] = defaultdict(list)
-    for row in samples.columns("key", "prompt_id", "view", "index", "answer", "error"):
+    ids = ("token_ids",) if config.pair.traces > 1 else ()  # long, and not needed otherwise
+    for row in samples.columns("key", "prompt_id", "view", "index", "answer", "error", *ids):
         if row["prompt_id"] not in prompts:
             continue
         text = None if row["error"] else answer_text(row["answer"])
         value = scores.values.get(row["key"]) if text is not None else None
         report.add_sample(row["view"], _standing(text, value, scores.errors.get(row["key"])))
         content = None if text is None else content_hash(text)[:32]
-        candidate = Candidate(key=row["key"], index=row["index"], content=content, value=value, length=len(text or ""))
+        candidate = Candidate(
+            key=row["key"],
+            index=row["index"],
+            content=content,
+            value=value,
+            length=len(text or ""),
+            tokens=content_hash(list(row["token_ids"]))[:32] if ids and value is not None else "",
+        )
         found[row["prompt_id"], row["view"]].append(candidate)
     return found
 
@@ -162,8 +174,12 @@ def choose(
             group = candidates.get((prompt_id, view), ())
             selection = select_pairs(group, config.pair, name=f"{prompt_id}/{view}", seed=config.seed)
             report.add_selection(view, selection)
-            if selection.pairs:
-                chosen[view] = selection.pairs
+            pairs = selection.pairs
+            if view == "trace" and config.pair.traces > 1:
+                pairs = tuple(with_traces(pair, group, config.pair.traces) for pair in pairs)
+                report.traces.update(1 + len(pair.more) for pair in pairs)
+            if pairs:
+                chosen[view] = pairs
         choices[prompt_id] = chosen
     return choices
 
@@ -186,7 +202,9 @@ def write_quads(
         for split, members in splits.items():
             files[split] = quads_file(folder, split)
             quads = (quad for prompt in members for quad in _quads(prompt, choices[prompt.id], spool))
-            report.splits[split] = write_jsonl(files[split], report.watch(quads))
+            before = sum(report.quads.values())
+            write_jsonl(files[split], report.watch(quads))
+            report.splits[split] = sum(report.quads.values()) - before
     return files
 
 
@@ -195,15 +213,23 @@ def quads_file(folder: Path, split: str) -> Path:
 
 
 def _quads(prompt: Prompt, choices: Mapping[View, Sequence[Choice]], spool: Spool) -> Iterator[Quad]:
-    """The k-th trace pair meets the k-th empty pair; what has no partner makes a quad with one view."""
+    """The k-th trace pair meets the k-th empty pair; what has no partner makes a quad with one view. Further traces of a
+    pair follow as members of its group."""
     rows = zip_longest(choices.get("trace", ()), choices.get("empty", ()))
     for number, (trace, empty) in enumerate(rows, start=1):
+        name = prompt.id if number == 1 else f"{prompt.id}-{number}"
+        more = () if trace is None else trace.more
+        group = name if more else None
         yield Quad(
-            id=prompt.id if number == 1 else f"{prompt.id}-{number}",
+            id=name,
             messages=prompt.messages,
             trace=_pair(trace, "trace", spool),
             empty=_pair(empty, "empty", spool),
+            group=group,
         )
+        for member, choice in enumerate(more, start=2):
+            pair = _pair(choice, "trace", spool)
+            yield Quad(id=f"{name}+{member}", messages=prompt.messages, trace=pair, group=group)
 
 
 def _pair(choice: Choice | None, view: View, spool: Spool) -> Pair | None:
@@ -245,7 +271,8 @@ class Spool:
             candidate.key
             for views in choices.values()
             for pairs in views.values()
-            for choice in pairs
+            for pair in pairs
+            for choice in (pair, *pair.more)
             for candidate in (choice.chosen, choice.rejected)
         }
         self._stream = stream
@@ -314,6 +341,9 @@ def _say(report: Report) -> None:
             logger.info("             %s prompts dropped, %s: %s", f"{num:,}", reason, DROPS[reason])  # type: ignore[index]
         if one.samples["not scored yet"]:
             logger.warning("             %s samples have no score yet", f"{one.samples['not scored yet']:,}")
+    if report.traces:
+        found = ", ".join(f"{num:,} with {traces}" for traces, num in sorted(report.traces.items()))
+        logger.info("traces       trace pairs by traces per answer: %s", found)
 
 
 def _say_pairs(report: Report) -> None:

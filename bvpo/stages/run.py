@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from typing import Any
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
 from bvpo.jobs.cost import bounds
+from bvpo.jobs.declaring import declared_of, enter
 from bvpo.jobs.plan import Job, home, plan, stages_of
 from bvpo.jobs.pool import Event, has_gpu, run_job, run_jobs
-from bvpo.jobs.tuning import choose, plan_tuning, read_tuned, tuned_toml
+from bvpo.jobs.tuning import at_edges, choose, finalists, plan_tuning, read_tuned, tuned_toml
 from bvpo.jobs.view import RunView
 from bvpo.store import begin_stage, finish_stage, forget_stage, write_atomically
 from bvpo.strict import UserError, to_dict
@@ -49,6 +51,7 @@ def run(config: ExperimentConfig, options: StageOptions, *, tune: bool = False) 
         if options.dry_run:
             return
     jobs = plan(config, read_tuned(config))
+    declared_of(config)  # mistakes in it come before any work
     if options.dry_run:
         _say_plan(config, jobs, options)
         if not config.run.methods:
@@ -68,17 +71,26 @@ def tune_methods(config: ExperimentConfig, options: StageOptions) -> None:
     """Runs every cell of the grid, then writes the tuned values and the log of all cells."""
     jobs, cells = plan_tuning(config)
     if options.dry_run:
-        _say_plan(config, jobs, options)
+        logger.info("bvpo tune    %d experiments in %s", len(jobs), home(config))
+        _say_jobs(jobs)
+        if seeds := config.run.tune.final_seeds:
+            logger.info("  then the best %d of each method on %d more seeds", config.run.tune.finalists, len(seeds))
         return
     _work(config, jobs, options, "tune")
-    tune = config.run.tune
-    best, log = choose(cells, tune.objective)
+    tune, finals = config.run.tune, []
+    if tune.final_seeds:
+        jobs, finals = plan_tuning(config, finalists(cells, tune.objective, tune.finalists))
+        _work(config, jobs, options, "finals")
+    best, log = choose(cells, tune.objective, finals)
     file = Path(tune.file)
     write_atomically(file, tuned_toml(config, best))
-    header = {"objective": list(tune.objective), "seeds": list(tune.seeds), "settings": tune.settings}
+    seeds = {"seeds": list(tune.seeds), "final_seeds": list(tune.final_seeds)}
+    header = {"objective": list(tune.objective), **seeds, "settings": tune.settings}
     write_atomically(file.with_suffix(".log.json"), json.dumps({**header, "cells": log}, indent=1) + "\n")
     for method, settings in best.items():
         logger.info("%-16s %s", method, ", ".join(f"{key} = {value}" for key, value in settings.items()))
+    if edges := at_edges(config, best):
+        logger.info("note         at an end of the grid, so a better value may lie beyond it: %s", "; ".join(edges))
     logger.info("tuned        %s", file)
 
 
@@ -88,6 +100,7 @@ def _begin(config: ExperimentConfig, folder: Path) -> None:
     begin_stage(folder, "run", config={"run": to_dict(config.run), "seed": config.seed})
     if config.run.methods:
         write_atomically(folder / "config.toml", dump_toml(config))
+        enter(config, folder)
 
 
 def _work(config: ExperimentConfig, jobs: Sequence[Job], options: StageOptions, title: str) -> None:
@@ -124,8 +137,24 @@ def _say_plan(config: ExperimentConfig, jobs: Sequence[Job], options: StageOptio
     logger.info("bvpo run     %d experiments in %s", len(jobs), home(config))
     for line in bounds(config, options.limit).lines():
         logger.info("%s", line)
+    _say_jobs(jobs)
+
+
+def _say_jobs(jobs: Sequence[Job]) -> None:
+    """What runs how often."""
+    for (name, verbs), count in _alike(jobs).items():
+        times = f"{count} x " if len(jobs) > 1 else ""
+        logger.info("  %-24s %s%s", name, times, ", ".join(verbs))
+
+
+def _alike(jobs: Sequence[Job]) -> Counter[tuple[str, tuple[str, ...]]]:
+    """How many jobs do the same for other seeds, or with other values of a grid."""
+    found: Counter[tuple[str, tuple[str, ...]]] = Counter()
     for job in jobs:
-        logger.info("  %-28s %s", job.name, ", ".join(job.verbs))
+        name = job.name.rpartition("/")[2]
+        stem, _, cell = name.rpartition(".")
+        found[stem if cell.isdigit() and stem else name, job.verbs] += 1
+    return found
 
 
 def _rehearse(job: Job, options: StageOptions) -> None:

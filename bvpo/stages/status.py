@@ -175,6 +175,7 @@ def pair_status(folder: Path, manifest: Manifest) -> StageStatus:
     notes = []
     if finished:
         assert entry is not None
+        done = entry.counts.get("total", done)  # a quad with several traces has several lines
         counts = {name: num for name, num in entry.counts.items() if isinstance(num, int) and name != "total" and num}
         notes += [f"{num:,} {name}" for name, num in counts.items()]
         score = manifest.stage("score")

@@ -1,9 +1,9 @@
 """``bvpo train CONFIG.toml``: from quads to an aligned checkpoint.
 
 Reads the quads that ``[data]`` names (or ``quads.jsonl`` of the experiment folder), tokenises them once, says what the
-run will cost, trains, and leaves in ``ROOT/NAME/train``: checkpoints, ``metrics.jsonl``, ``summary.json`` and ``final/``,
-a plain Hugging Face model folder. Run again, it resumes from the last checkpoint; under a changed config it refuses. The
-same command works under ``accelerate launch``.
+run will cost, trains, and leaves in ``ROOT/NAME/train``: checkpoints, ``metrics.jsonl``, ``summary.json``, ``final/``, a
+plain Hugging Face model folder, and ``held_out.jsonl``, what that model says of the held-out quads. Run again, it resumes
+from the last checkpoint; under a changed config it refuses. The same command works under ``accelerate launch``.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from bvpo.config import ExperimentConfig, dump_toml
 from bvpo.records import VIEWS
 from bvpo.store.disk import write_atomically
 from bvpo.store.manifest import begin_stage, finish_stage, forget_stage, read_manifest
-from bvpo.strict import UserError
+from bvpo.strict import UserError, parse_json, write_jsonl
 
 logger = logging.getLogger(__name__)
 
 ABOUT = "Align the model on quads. Prints what the run will cost, trains, resumes when run again."
+HELD_OUT = "held_out.jsonl"
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -58,7 +59,7 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
     objective = Objective(args.loss_config(), args.trace_estimator, args.anchor_config())  # type: ignore[arg-type]
     model_config = _load(AutoConfig, config)
     tokenizer = _load_tokenizer(config)
-    train_tokens, eval_tokens = _tokens(config, args, tokenizer, model_config)
+    train_tokens, eval_tokens, held_out = _tokens(config, args, tokenizer, model_config)
     lora_rank = config.train.lora.rank if config.train.lora.enabled else None
     held = args.reference == "held" or (objective.needs_kl and lora_rank is None)
     estimate = estimate_run(model_config, train_tokens, args, lora_rank=lora_rank, needs_held_reference=held)
@@ -77,8 +78,10 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(output / "final"))
+    seconds = time.perf_counter() - started
+    _write_held_out(trainer, output, eval_tokens, held_out, checkpoint)
     if trainer.is_world_process_zero():
-        _finish(trainer, output, time.perf_counter() - started, train_tokens)
+        _finish(trainer, output, seconds, train_tokens, eval_tokens)
     if args.push_to_hub:
         trainer.push_to_hub()
 
@@ -120,25 +123,30 @@ def _load_tokenizer(config: ExperimentConfig) -> Any:
     return load_tokenizer(named, None) if named else _load(AutoTokenizer, config)
 
 
-def _tokens(config: ExperimentConfig, args: Any, tokenizer: Any, model_config: Any) -> tuple[Any, Any]:
+def _tokens(config: ExperimentConfig, args: Any, tokenizer: Any, model_config: Any) -> tuple[Any, Any, Any]:
+    """Training and held-out quads in tokens, and the held-out quads themselves."""
     from bvpo.core.formats import resolve_format
     from bvpo.training.data import load_quads
     from bvpo.training.tokenizing import TokenSettings, prepare_tokens
 
     fmt = resolve_format(tokenizer, config.model.format, config.model.custom_format)
     sets = load_quads(config.data, fmt, seed=config.seed)
+    if config.data.eval_fraction and config.train.eval == "no" and not any(True for _ in sets.eval or ()):
+        logger.info("held out     no quad: data.eval_fraction is a share of the prompts, and these are few")
+        sets = dataclasses.replace(sets, eval=None)
     settings = TokenSettings(
         max_length=args.max_length,
         over_long=args.over_long,
         score_empty_block=args.score_empty_block,
         vocab_size=model_config.get_text_config().vocab_size,
+        keep_groups=args.trace_estimator == "traces",
     )
     found = []
     with args.main_process_first(local=False, desc="tokenising"):
         for source in (sets.train, sets.eval):
             target = Path(args.output_dir) / "_tokens"  # transformers uploads nothing that starts so
             found.append(None if source is None else prepare_tokens(source, tokenizer, fmt, settings, target))
-    return found[0], found[1]
+    return found[0], found[1], sets.eval
 
 
 def _trainer(config: ExperimentConfig, args: Any, tokenizer: Any, train_tokens: Any, eval_tokens: Any) -> Any:
@@ -187,7 +195,7 @@ def _say(config: ExperimentConfig, args: Any, estimate: Any, train_tokens: Any, 
         logger.info("note         the other view has no weight; data.views = [%r] saves its compute", view)
     for name, tokens in (("train", train_tokens), ("eval", eval_tokens)):
         if tokens is not None:
-            views = tokens.has_view.sum(axis=0)
+            views = tokens.group_has_view.sum(axis=0)
             dropped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(tokens.drops.items())) or "none"
             logger.info("%-12s %d trace pairs, %d empty pairs; dropped: %s", name, views[0], views[1], dropped)
 
@@ -200,22 +208,43 @@ def _doubt_of_sampling(config: ExperimentConfig) -> str | None:
     return None if entry is None else doubt_of_sampling(entry.config.get("sample", {}))
 
 
-def _finish(trainer: Any, output: Path, seconds: float, tokens: Any) -> None:
+def _write_held_out(trainer: Any, output: Path, tokens: Any, quads: Any, checkpoint: str | None) -> None:
+    """``held_out.jsonl``, by the final model. A finished run that is run again takes no step and keeps what it wrote."""
+    from bvpo.training.held_out import held_out_pairs
+
+    path, summary = output / HELD_OUT, output / "summary.json"
+    is_main, steps = trainer.is_world_process_zero(), trainer.state.global_step
+    if tokens is None:
+        if is_main:
+            path.unlink(missing_ok=True)
+        return
+    if checkpoint and checkpoint.endswith(f"-{steps}") and path.is_file() and summary.is_file():
+        before = parse_json(summary.read_text(encoding="utf-8"), str(summary))
+        if before.get("held_out") == tokens.fingerprint and before.get("optimizer_steps") == steps:
+            return
+    margins = trainer.held_out_margins()
+    if is_main:
+        write_jsonl(path, held_out_pairs(margins, tokens, quads))
+
+
+def _finish(trainer: Any, output: Path, seconds: float, tokens: Any, eval_tokens: Any) -> None:
     """``summary.json`` for machines, a few lines for people."""
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     summary = {
         "optimizer_steps": trainer.state.global_step,
-        "quads": len(tokens),
-        "pairs": dict(zip(VIEWS, map(int, tokens.has_view.sum(axis=0)), strict=True)),
+        "quads": tokens.num_groups,
+        "pairs": dict(zip(VIEWS, map(int, tokens.group_has_view.sum(axis=0)), strict=True)),
         "tokens": round(float(tokens.num_sequence_tokens.sum()) * float(trainer.state.epoch or 0)),
         "dropped_pairs": dict(tokens.drops),
         "seconds": round(seconds, 3),
         "last": entries[-1] if entries else {},
         "eval": evaluations[-1] if evaluations else {},
+        "held_out": None if eval_tokens is None else eval_tokens.fingerprint,
     }
-    (output / "summary.json").write_text(json.dumps(summary, indent=1, default=float) + "\n", encoding="utf-8")
-    finish_stage(output.parent, "train", counts={"optimizer_steps": trainer.state.global_step, "quads": len(tokens)})
+    write_atomically(output / "summary.json", json.dumps(summary, indent=1, default=float) + "\n")
+    counts = {"optimizer_steps": trainer.state.global_step, "quads": tokens.num_groups}
+    finish_stage(output.parent, "train", counts=counts)
     logger.info("done         %d steps in %.1f s, model in %s", trainer.state.global_step, seconds, output / "final")
     for view in ("trace", "empty"):
         last = next((entry for entry in reversed(entries) if f"{view}/loss" in entry), None)

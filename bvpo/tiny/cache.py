@@ -50,9 +50,11 @@ def identity(tiny: TinyConfig, *, first_try: bool = False) -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """``BVPO_CACHE``, else the user's cache."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen) if chosen else Path.home() / ".cache" / "bvpo"
+    """``BVPO_CACHE``, else ``bvpo`` in the user's cache: ``XDG_CACHE_HOME`` if that is a whole path, or ~/.cache."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen)
+    users = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (users if users.is_absolute() else Path.home() / ".cache") / "bvpo"
 
 
 def ensure_base(folder: Path, tiny: TinyConfig, make: Make, limit: int | None = None) -> Found:

@@ -53,7 +53,9 @@ class BVPOConfig(TrainingArguments):
     )
     anchor_tokens: str = field(default="trace", metadata={"help": "Anchored tokens: trace, answer or both."})
     anchor_weight: float = field(default=0.0, metadata={"help": "Weight of the anchor; about beta."})
-    trace_estimator: str = field(default="joint", metadata={"help": "Trace view scores trace + answer, or the answer."})
+    trace_estimator: str = field(
+        default="joint", metadata={"help": "Trace view scores trace + answer, the answer, or it over several traces."}
+    )
 
     reasoning_format: str = field(default="auto", metadata={"help": "Reasoning format name, or auto."})
     custom_format: dict[str, Any] | str | None = field(
@@ -125,7 +127,7 @@ class BVPOConfig(TrainingArguments):
 _CHOICES = {
     "anchor": ("none", "nll", "kl"),
     "anchor_tokens": ("trace", "answer", "both"),
-    "trace_estimator": ("joint", "answer"),
+    "trace_estimator": ("joint", "answer", "traces"),
     "over_long": ("drop", "refuse"),
     "last_step": ("keep", "drop"),
     "layout": ("auto", "tree", "packed", "padded"),

@@ -3,7 +3,8 @@
 In: the token count and the present views of every quad. Out: an :class:`EpochPlan` whose ``step(i)`` is a pure
 function of the arguments, so a resumed run needs no state beyond the step number. An optimizer step is exactly
 ``quads_per_step`` quads whatever the number of ranks; the token budget only partitions it, and the pair counts are
-global so that each view's mean can be taken over the whole step. Nothing here loads tokens or touches a device.
+global so that each view's mean can be taken over the whole step. A quad with several traces is one quad here, and so is
+never split. Nothing here loads tokens or touches a device.
 """
 
 from __future__ import annotations

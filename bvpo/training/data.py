@@ -10,7 +10,6 @@ expected. Nothing is judged here: pairs that cannot be trained on are dropped, w
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -60,7 +59,7 @@ def load_quads(config: DataConfig, fmt: ReasoningFormat, *, seed: int = 0) -> Qu
     """Open what the ``[data]`` section names.
 
     ``eval_fraction`` holds out whole prompts, chosen by a hash of prompt and ``seed``: the choice does not depend on
-    the order or the number of quads. ``limit`` keeps the first quads of each set.
+    the order or the number of quads. ``limit`` keeps the first quads of each set; one with several traces counts once.
     """
     if config.quads and (config.trace or config.empty):
         raise UserError("data.quads: cannot be combined with data.trace or data.empty; give one or the other")
@@ -127,6 +126,7 @@ class TokenArguments(Protocol):
     max_length: int
     over_long: Any
     score_empty_block: bool
+    trace_estimator: str
 
 
 def token_dataset(value: Any, tokenizer: Any, vocab_size: int | None, args: TokenArguments, name: str) -> TokenDataset:
@@ -138,6 +138,7 @@ def token_dataset(value: Any, tokenizer: Any, vocab_size: int | None, args: Toke
         over_long=over_long,
         score_empty_block=args.score_empty_block,
         vocab_size=vocab_size,
+        keep_groups=args.trace_estimator == "traces",
     )
     quads = quads_from(value, fmt, f"{name}_dataset")
     return prepare_tokens(quads, tokenizer, fmt, settings, Path(args.output_dir or ".") / "_tokens")
@@ -167,7 +168,17 @@ def _only(source: QuadSource, views: Sequence[View]) -> QuadSource:
 
 
 def _first(source: QuadSource, limit: int) -> QuadSource:
-    return _derived(source, f"first {limit}", lambda: itertools.islice(source, limit))
+    """The first quads, each with all its traces."""
+
+    def read() -> Iterator[Quad]:
+        num = 0
+        for quad in source:
+            num += quad.leads
+            if num > limit:
+                return
+            yield quad
+
+    return _derived(source, f"first {limit}", read)
 
 
 def _derived(source: QuadSource, change: str, read: Callable[[], Iterable[Quad]]) -> QuadSource:
@@ -237,4 +248,8 @@ def checked_quad(quad: Quad, where: str) -> Quad:
         pair = quad.pair(view)
         if pair is not None and pair.view != view:
             raise UserError(f"{where}: field '{view}.view': got {show(pair.view)}, expected {view!r}")
+    if not quad.leads and (quad.trace is None or quad.empty is not None):
+        raise UserError(
+            f"{where}: field 'group': got {show(quad.group)}, whose members have a trace pair and nothing else"
+        )
     return quad

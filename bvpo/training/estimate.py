@@ -73,8 +73,8 @@ def estimate_run(
     compute_width = 2 if args.bf16 or args.precision == "pure_bf16" else 4
     autocast_copy = 2 * parameters if args.bf16 else 0
     plan = plan_epoch(
-        tokens.num_tokens,
-        tokens.has_view,
+        tokens.group_tokens,
+        tokens.group_has_view,
         quads_per_step=args.quads_per_step or 1,
         tokens_per_micro_batch=args.tokens_per_micro_batch,
         world_size=max(1, args.world_size),
@@ -94,7 +94,7 @@ def estimate_run(
         optimizer=2 * width * trainable // sharded,
         reference=width * parameters // sharded if needs_held_reference else 0,
         activations=_activations(config.get_text_config(), tokens, args, compute_width) + autocast_copy // sharded,
-        quads=len(tokens),
+        quads=tokens.num_groups,
         optimizer_steps=steps,
         tokens_per_epoch=per_epoch,
         train_flops=6.0 * dense * per_epoch * steps / max(1, plan.num_steps),
@@ -124,7 +124,7 @@ def _lora_parameters(model: Any, rank: int) -> int:
 
 def _activations(text: Any, tokens: TokenDataset, args: BVPOConfig, width: int) -> int:
     """Bytes kept for backward by the largest micro-batch, plus the head's chunk of vocabulary scores."""
-    longest = int(tokens.num_tokens.max())
+    longest = int(tokens.group_tokens.max())
     held = max(longest, args.tokens_per_micro_batch or 0)
     if args.backward == "sequence":
         held = min(held, args.max_length)

@@ -42,7 +42,7 @@ def _message(response: Response, view: View) -> dict[str, Any]:
 def write_preference_jsonl(quads_file: Path, targets: Mapping[View, Path]) -> dict[View, int]:
     """The views of a quads file as JSON lines, each file whole or not at all; returns the rows of each view.
 
-    A view without a row gets no file.
+    A view without a row gets no file. Of a group with several traces the first quad is written.
     """
     drafts: dict[View, Path] = {
         view: target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp") for view, target in targets.items()
@@ -55,6 +55,8 @@ def write_preference_jsonl(quads_file: Path, targets: Mapping[View, Path]) -> di
             view: stack.enter_context(draft.open("w", encoding="utf-8", newline="\n")) for view, draft in drafts.items()
         }
         for quad in read_jsonl(quads_file, Quad):
+            if not quad.leads:
+                continue  # more traces of the same answers would be more weight for their prompt
             for view, stream in streams.items():
                 row = preference_row(quad, view)
                 if row is not None:

@@ -79,7 +79,7 @@ class StepRunner:
         """The micro-batch's share of the step's loss, its statistics, and the sums they came from."""
         with self.autocast():
             sums = self.sums(model, micro_batch)
-        loss, statistics = self.objective(sums, micro_batch.present_index, weights)
+        loss, statistics = self.objective(sums, micro_batch.present_index, weights, micro_batch.trace_groups)
         return (0.0 * loss if micro_batch.is_filler else loss), statistics, sums
 
     def send_back(self, loss: Tensor, *, is_last: bool) -> None:
@@ -117,10 +117,10 @@ def _backward_sequence(
     Pass 1 finds dL/d(sums) without a graph; pass 2 runs each branch alone and sends its share of that gradient back.
     """
     cut = _cut(runner, model, micro_batch, weights)
-    for is_last_branch, single in mark_last(cut.singles):
+    for is_last_branch, (row, single) in mark_last(cut.singles):
         final = is_last and is_last_branch
         with runner.synchronising(model, is_last=final):
-            runner.send_back(cut.share(runner, model, single), is_last=final)
+            runner.send_back(cut.share(runner, model, row, single), is_last=final)
     return cut.loss.detach(), cut.statistics
 
 
@@ -129,23 +129,25 @@ _BACKWARDS = {"micro_batch": _backward_micro_batch, "sequence": _backward_sequen
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Cut:
-    """One quad's loss, cut at the sums of its branches: their values, and the loss's derivatives by them."""
+    """A micro-batch's loss, cut at the sums of its branches: their values, and the loss's derivatives by them. ``singles``
+    are the branches, each with the position of its quad."""
 
     loss: Tensor
     statistics: Tensor
     sums: Sums
     d_policy: Tensor
     d_kl: Tensor
-    singles: Sequence[TokenQuad]
+    singles: Sequence[tuple[int, TokenQuad]]
 
-    def share(self, runner: StepRunner, model: nn.Module, single: TokenQuad) -> Tensor:
+    def share(self, runner: StepRunner, model: nn.Module, row: int, single: TokenQuad) -> Tensor:
         """A scalar with the gradient that the loss has through this branch; its graph holds one sequence."""
         alone = make_micro_batch([single], runner.layout, None).to(self.d_policy.device)
         # Reference sums are not needed again; zeros keep a held reference from running.
-        alone = dataclasses.replace(alone, reference_Q42=torch.zeros_like(self.d_policy))
+        d_policy, d_kl = self.d_policy[row : row + 1], self.d_kl[row : row + 1]
+        alone = dataclasses.replace(alone, reference_Q42=torch.zeros_like(d_policy))
         with runner.autocast():
             own = runner.sums(model, alone)
-        return (own.policy * self.d_policy).sum() + (own.kl * self.d_kl).sum()
+        return (own.policy * d_policy).sum() + (own.kl * d_kl).sum()
 
 
 def _cut(runner: StepRunner, model: nn.Module, micro_batch: MicroBatch, weights: Weights) -> _Cut:
@@ -153,12 +155,12 @@ def _cut(runner: StepRunner, model: nn.Module, micro_batch: MicroBatch, weights:
         _, _, sums = runner.loss(model, micro_batch, weights)
     leaves = [sums.policy.detach().requires_grad_(), sums.kl.detach().requires_grad_()]
     leaf_sums = dataclasses.replace(sums, policy=leaves[0], kl=leaves[1])
-    loss, statistics = runner.objective(leaf_sums, micro_batch.present_index, weights)
+    loss, statistics = runner.objective(leaf_sums, micro_batch.present_index, weights, micro_batch.trace_groups)
     d_policy, d_kl = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     if micro_batch.is_filler:
         loss, d_policy, d_kl = 0.0 * loss, 0.0 * d_policy, 0.0 * d_kl
-    (quad,) = micro_batch.quads
-    return _Cut(loss=loss, statistics=statistics, sums=sums, d_policy=d_policy, d_kl=d_kl, singles=split_branches(quad))
+    singles = [(row, single) for row, quad in enumerate(micro_batch.quads) for single in split_branches(quad)]
+    return _Cut(loss=loss, statistics=statistics, sums=sums, d_policy=d_policy, d_kl=d_kl, singles=singles)
 
 
 def parts(
@@ -168,7 +170,7 @@ def parts(
     those who want the gradient and not the step. At most one graph is alive, as large as the step's own."""
     if runner.backward == "sequence":
         cut = _cut(runner, model, micro_batch, weights)
-        return cut.sums, (cut.share(runner, model, single) for single in cut.singles)
+        return cut.sums, (cut.share(runner, model, row, single) for row, single in cut.singles)
     loss, _, sums = runner.loss(model, micro_batch, weights)
     return sums, iter([loss])
 

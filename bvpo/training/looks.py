@@ -27,6 +27,7 @@ from bvpo.training.layout import NUM_BRANCHES
 from bvpo.training.objective import Weights
 from bvpo.training.sketching import BUCKETS, CountSketch
 from bvpo.training.steps import StepDataset, make_micro_batch
+from bvpo.training.tokens import TokenQuad
 
 LEAST_ROWS, MOST_QUADS = 4, 32
 """Rows of a look where the step has as many quads, and quads of a look at most; between them half of the step."""
@@ -35,7 +36,7 @@ _ONE_PAIR = Weights(views={"trace": 1.0, "empty": 1.0}, anchor=0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a look runs: ``views`` of ``quads`` (indices of the data set), ``quads_per_row`` consecutive ones as one row.
+    """What a look runs: ``views`` of ``quads`` (the data set's, by group), ``quads_per_row`` consecutive ones as one row.
     ``siblings`` are pairs (row, quad with another trace pair of the row's prompt)."""
 
     views: tuple[View, ...]
@@ -77,9 +78,13 @@ def choose(
 
 def same_prompt(steps: StepDataset, quad: int) -> int | None:
     """A neighbour of this quad in the data set with another trace pair of its prompt; pairing writes them side by side."""
-    tokens, prefix = steps.tokens, steps.tokens[quad].prefix_ids
-    near = [i for i in (quad + 1, quad - 1) if 0 <= i < len(tokens) and tokens.has_view[i, 0]]
-    return next((i for i in near if np.array_equal(tokens[i].prefix_ids, prefix)), None)
+    tokens, has_view = steps.tokens, steps.tokens.group_has_view
+
+    def prefix(i: int) -> npt.NDArray[np.int32]:
+        return tokens[int(tokens.group_starts[i])].prefix_ids
+
+    near = [i for i in (quad + 1, quad - 1) if 0 <= i < tokens.num_groups and has_view[i, 0]]
+    return next((i for i in near if np.array_equal(prefix(i), prefix(quad))), None)
 
 
 def take(
@@ -145,15 +150,15 @@ class _Taker:
         return values
 
     def _pair(self, steps: StepDataset, index: int, v: int) -> tuple[Tensor, Tensor | None]:
-        quad = steps.tokens[index]
-        branches: Any = tuple(quad.branches[b] if b // 2 == v else None for b in range(NUM_BRANCHES))
-        reference = None if steps.reference is None else steps.reference[[index]]
-        single = make_micro_batch([dataclasses.replace(quad, branches=branches)], self.runner.layout, reference)
+        rows = [row for row in steps.rows([index])[0] if steps.tokens.has_view[row, v]]
+        quads = [_only(steps.tokens[row], v) for row in rows]
+        reference = None if steps.reference is None else steps.reference[rows]
+        single = make_micro_batch(quads, self.runner.layout, reference, groups=[index] * len(rows))
         sums, scalars = parts(self.runner, self.model, single.to(self.runner.accelerator.device), _ONE_PAIR)
         sketch = torch.stack([self.sketch(self._gradient(scalar)) for scalar in scalars]).sum(0)
         if sums.reference is None:
             return sketch, None
-        ratios = (sums.policy.detach() - sums.reference)[0, 2 * v : 2 * v + 2].sum(-1)
+        ratios = (sums.policy.detach() - sums.reference)[:, 2 * v : 2 * v + 2].sum(-1)
         return sketch, ratios.abs().mean()
 
     def _gradient(self, scalar: Tensor) -> Sequence[Tensor]:
@@ -165,6 +170,11 @@ class _Taker:
         for parameter in self.params:
             parameter.grad = None
         return [shard.to_local() for shard in shards]
+
+
+def _only(quad: TokenQuad, v: int) -> TokenQuad:
+    branches: Any = tuple(quad.branches[b] if b // 2 == v else None for b in range(NUM_BRANCHES))
+    return dataclasses.replace(quad, branches=branches)
 
 
 @contextlib.contextmanager

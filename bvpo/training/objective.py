@@ -19,10 +19,12 @@ from torch import Tensor
 from bvpo.config import AnchorConfig, LossConfig
 from bvpo.core.losses import PairLogps, nll_anchor, resolve_loss
 from bvpo.core.mixing import view_weight
+from bvpo.core.traces import TraceGroups, marginal_pairs, mean_pairs
 from bvpo.records import VIEWS, View
+from bvpo.strict import UserError
 from bvpo.training.policy import ANSWER, TRACE
 
-TraceEstimator = Literal["joint", "answer"]
+TraceEstimator = Literal["joint", "answer", "traces"]
 
 # Sums over pairs, per view; "count" turns them into means.
 STATISTICS = (
@@ -76,20 +78,33 @@ class Objective:
         self._anchor = anchor
         self.needs_reference = self._loss.needs_reference
         self.needs_kl = anchor.kind == "kl"
+        if estimator == "traces" and not self.needs_reference:
+            raise UserError(
+                f"trace_estimator: 'traces' weighs traces by their probability over the reference's, and loss {loss.name!r} "
+                "has no reference; use another loss, or 'joint'"
+            )
 
-    def __call__(self, sums: Sums, present: tuple[Tensor, Tensor], weights: Weights) -> tuple[Tensor, Tensor]:
-        """Returns the weighted loss (a scalar) and the statistics [2, len(STATISTICS)] as sums over pairs."""
+    def __call__(
+        self, sums: Sums, present: tuple[Tensor, Tensor], weights: Weights, groups: TraceGroups | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the weighted loss (a scalar) and the statistics [2, len(STATISTICS)] as sums over pairs.
+
+        ``groups`` says which of the quads with a trace pair (``present[0]``) hold traces of the same answers; without it
+        each stands for itself. Only the estimator 'traces' reads it.
+        """
         # Adding 0 * sum keeps every rank's graph connected when a micro-batch has no pair of some view.
         total = 0.0 * sums.policy.sum()
         statistics = sums.policy.new_zeros(len(VIEWS), len(STATISTICS), requires_grad=False)
         for v, view in enumerate(VIEWS):
             if len(present[v]):
-                share, row = self._view(sums, v, view, present[v], weights)
+                share, row = self._view(sums, v, view, present[v], weights, groups)
                 total = total + share
                 statistics[v] = row
         return total, statistics
 
-    def _view(self, sums: Sums, v: int, view: View, index: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+    def _view(
+        self, sums: Sums, v: int, view: View, index: Tensor, weights: Weights, groups: TraceGroups | None
+    ) -> tuple[Tensor, Tensor]:
         chosen, rejected = 2 * v, 2 * v + 1
         policy, lengths = sums.policy[index], sums.lengths[index]
         reference = None if sums.reference is None else sums.reference[index].to(policy.dtype)
@@ -101,9 +116,14 @@ class Objective:
             chosen_lengths=self._scored(lengths[:, chosen], view),
             rejected_lengths=self._scored(lengths[:, rejected], view),
         )
-        result = self._loss.fn(logps, **self._hyperparameters)
-        share = weights.views[view] * result.loss.sum()
         anchor = self._anchor_terms(policy[:, chosen], sums.kl[index], view)
+        compared = logps
+        if view == "trace" and self._estimator == "traces":
+            groups = groups or TraceGroups.of(range(len(index))).to(index.device)
+            compared, logps = marginal_pairs(logps, groups), mean_pairs(logps, groups)
+            anchor = None if anchor is None else groups.mean(anchor)
+        result = self._loss.fn(compared, **self._hyperparameters)
+        share = weights.views[view] * result.loss.sum()
         if anchor is not None:
             share = share + weights.anchor * anchor.sum()
         return share, self._statistics(logps, result, anchor)

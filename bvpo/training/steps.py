@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bvpo.core.traces import TraceGroups
 from bvpo.records import View
 from bvpo.training.batching import EpochPlan, plan_epoch
 from bvpo.training.layout import LAYOUTS, NUM_BRANCHES, Layout
@@ -27,7 +28,8 @@ class MicroBatch:
     """Q quads in one layout. ``present_index[v]`` are the positions of the quads that have view v (0 trace, 1 empty).
 
     ``reference_Q42`` holds cached reference sums (NaN where a branch is missing) or is None; ``lengths_Q42`` counts
-    scored tokens. ``is_filler`` batches only keep ranks in step and carry no weight.
+    scored tokens. ``trace_groups`` says which of ``present_index[0]`` are traces of the same answers; None where none are.
+    ``is_filler`` batches only keep ranks in step and carry no weight.
     """
 
     quads: tuple[TokenQuad, ...]
@@ -35,6 +37,7 @@ class MicroBatch:
     present_index: tuple[Tensor, Tensor]
     lengths_Q42: Tensor
     reference_Q42: Tensor | None
+    trace_groups: TraceGroups | None = None
     is_filler: bool = False
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -45,13 +48,14 @@ class MicroBatch:
             present_index=tuple(index.to(device, non_blocking=True) for index in self.present_index),  # type: ignore[arg-type]
             lengths_Q42=self.lengths_Q42.to(device, non_blocking=True),
             reference_Q42=None if reference is None else reference.to(device, non_blocking=True),
+            trace_groups=None if self.trace_groups is None else self.trace_groups.to(device),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """One rank's share of one optimizer step; ``pairs`` are global counts, ``indices`` the data set's quads of the whole
-    step, over all ranks."""
+    """One rank's share of one optimizer step; ``pairs`` are global counts, ``indices`` the data set's quads (groups, where
+    some have several traces) of the whole step, over all ranks."""
 
     micro_batches: tuple[MicroBatch, ...]
     pairs: dict[View, int]
@@ -60,8 +64,13 @@ class StepBatch:
 
 
 def make_micro_batch(
-    quads: Sequence[TokenQuad], layout: str, reference: np.ndarray | None, is_filler: bool = False
+    quads: Sequence[TokenQuad],
+    layout: str,
+    reference: np.ndarray | None,
+    is_filler: bool = False,
+    groups: Sequence[int] | None = None,
 ) -> MicroBatch:
+    """``groups`` [Q] names the group of each quad; without it none has several traces."""
     lengths = np.zeros((len(quads), NUM_BRANCHES, 2), dtype=np.int64)
     present: tuple[list[int], list[int]] = ([], [])
     for q, quad in enumerate(quads):
@@ -77,6 +86,7 @@ def make_micro_batch(
         present_index=(torch.tensor(present[0], dtype=torch.long), torch.tensor(present[1], dtype=torch.long)),
         lengths_Q42=torch.from_numpy(lengths),
         reference_Q42=None if reference is None else torch.from_numpy(np.nan_to_num(reference)),
+        trace_groups=None if groups is None else TraceGroups.of([groups[q] for q in present[0]]),
         is_filler=is_filler,
     )
 
@@ -111,27 +121,36 @@ class StepDataset(Dataset[dict[str, StepBatch]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        self.plan = plan_epoch(self.tokens.num_tokens, self.tokens.has_view, epoch=epoch, **self._plan_args)
+        self.plan = plan_epoch(self.tokens.group_tokens, self.tokens.group_has_view, epoch=epoch, **self._plan_args)
 
     def __len__(self) -> int:
         return self.plan.num_steps
 
     def __getitem__(self, index: int) -> dict[str, StepBatch]:
         step = self.plan.step(index)
-        groups = step.micro_batches[self.rank]
+        shares = step.micro_batches[self.rank]
         fallback = self.plan.quads(index)[:1]
         # Fillers first: the last backward of a step is the one that synchronises gradients.
-        groups = tuple(sorted(groups, key=len)) if () in groups else groups
-        micro_batches = tuple(self._micro_batch(group or tuple(fallback), is_filler=not group) for group in groups)
+        shares = tuple(sorted(shares, key=len)) if () in shares else shares
+        micro_batches = tuple(self._micro_batch(share or tuple(fallback), is_filler=not share) for share in shares)
         indices = tuple(int(i) for i in self.plan.quads(index))
         return {
             "step": StepBatch(micro_batches=micro_batches, pairs=step.pairs, num_quads=step.num_quads, indices=indices)
         }
 
     def _micro_batch(self, indices: Sequence[int], is_filler: bool) -> MicroBatch:
-        quads = [self.tokens[int(i)] for i in indices]
-        reference = None if self.reference is None else self.reference[list(indices)]
-        return make_micro_batch(quads, self.layout, reference, is_filler)
+        rows, groups = self.rows(indices)
+        quads = [self.tokens[i] for i in rows]
+        reference = None if self.reference is None else self.reference[rows]
+        return make_micro_batch(quads, self.layout, reference, is_filler, groups)
+
+    def rows(self, indices: Sequence[int]) -> tuple[list[int], list[int] | None]:
+        """The data set's rows of these quads, and the quad that each belongs to where some have several."""
+        if not self.tokens.has_groups:
+            return [int(i) for i in indices], None
+        starts = self.tokens.group_starts
+        both = [(row, int(i)) for i in indices for row in range(int(starts[i]), int(starts[i + 1]))]
+        return [row for row, _ in both], [quad for _, quad in both]
 
 
 def only_item(items: list[dict[str, StepBatch]]) -> dict[str, StepBatch]:

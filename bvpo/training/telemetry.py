@@ -74,7 +74,7 @@ class Telemetry:
     ) -> dict[str, float]:
         quads_per_row = runner.accelerator.num_processes if looks.is_sharded(model) else 1
         rng = np.random.default_rng([self._args.seed, number])
-        plan = looks.choose(step.indices, steps.tokens.has_view, quads_per_row, rng)
+        plan = looks.choose(step.indices, steps.tokens.group_has_view, quads_per_row, rng)
         if plan is None:
             return {}
         if quads_per_row == 1 and "trace" in plan.views:
@@ -99,7 +99,7 @@ class Telemetry:
         least = 2 * (runner.accelerator.num_processes if looks.is_sharded(model) else 1)
         if (self._args.quads_per_step or 1) < least:
             return f"a step of {self._args.quads_per_step} quads has too few to compare (at least {least})"
-        if self.is_auto and not steps.tokens.has_view.all(axis=1).any():
+        if self.is_auto and not steps.tokens.group_has_view.all(axis=1).any():
             return "no quad has a pair in both views"
         return looks.why_impossible(model, runner)
 
@@ -136,7 +136,7 @@ def measure(rows: looks.Rows, plan: looks.Plan, pairs: StepPairs) -> dict[str, f
 
 def expected_pairs(steps: StepDataset, quads_per_step: int) -> StepPairs:
     """Pairs of an average step: the data set's shares of views times the quads of a step, over all ranks."""
-    has_view = steps.tokens.has_view
+    has_view = steps.tokens.group_has_view
     trace, empty = (float(share) for share in has_view.mean(axis=0))
     both = float(has_view.all(axis=1).mean())
     return StepPairs(trace=quads_per_step * trace, empty=quads_per_step * empty, both=quads_per_step * both)

@@ -60,13 +60,15 @@ DROP_REASONS: dict[str, str] = {
 class TokenSettings:
     """What tokenising depends on besides the tokenizer and the format.
 
-    ``vocab_size`` is the number of rows of the model's embedding; None leaves ids unchecked against it.
+    ``vocab_size`` is the number of rows of the model's embedding; None leaves ids unchecked against it. ``keep_groups``:
+    whether members of a group beyond the first are kept, for the trace estimator 'traces'.
     """
 
     max_length: int
     over_long: Literal["drop", "refuse"] = "drop"
     score_empty_block: bool = True
     vocab_size: int | None = None
+    keep_groups: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,8 +295,24 @@ def prepare_tokens(
         raise UserError(_nothing_left(dataset))
     lost = ", ".join(f"{count} {name}" for name, count in dataset.drops.most_common()) or "none"
     dropped = dataset.num_dropped_quads
-    logger.info("%d quads to train on, %d dropped; pairs lost: %s (%s)", len(dataset), dropped, lost, target)
+    logger.info("%d quads to train on, %d dropped; pairs lost: %s (%s)", dataset.num_groups, dropped, lost, target)
+    _say_traces(dataset, settings)
     return dataset
+
+
+def _say_traces(dataset: TokenDataset, settings: TokenSettings) -> None:
+    """What became of further traces, where there are any or should be."""
+    if dataset.num_left_out:
+        left_out = "%d further traces of quads with several are left out; train.trace_estimator 'traces' takes them"
+        logger.info(left_out, dataset.num_left_out)
+    elif settings.keep_groups:
+        found = Counter(np.diff(dataset.group_starts).tolist())
+        sizes = ", ".join(f"{count:,} quads with {size}" for size, count in sorted(found.items()))
+        logger.info("traces per answer: %s", sizes)
+        if not dataset.has_groups:
+            logger.warning(
+                "no quad has more than one trace per answer, so 'traces' is the same as 'joint'; see pair.traces"
+            )
 
 
 def _nothing_left(dataset: TokenDataset) -> str:
@@ -332,7 +350,10 @@ def tokens_fingerprint(
     source: str, tokenizer: PreTrainedTokenizerBase, fmt: ReasoningFormat, settings: TokenSettings
 ) -> str:
     """Changes with the content of the data, the tokenizer, the format, the settings and the schema of the file."""
-    parts = [SCHEMA_VERSION, source, tokenizer_fingerprint(tokenizer), asdict(fmt), asdict(settings)]
+    chosen = asdict(settings)
+    if not settings.keep_groups:
+        del chosen["keep_groups"]  # the same fingerprint as before there were groups
+    parts = [SCHEMA_VERSION, source, tokenizer_fingerprint(tokenizer), asdict(fmt), chosen]
     return _digest(json.dumps(parts, sort_keys=True))
 
 
@@ -372,19 +393,47 @@ def _move_into_place(draft: Path, target: Path) -> None:
 def _tokenize_into(folder: Path, quads: Iterable[Quad], rules: _Rules) -> dict[str, object]:
     """Write ``tokens.arrow`` and ``drops.jsonl``; returns the counts."""
     counts: Counter[str] = Counter()
-    num_dropped = 0
+    num_left_out = 0
+    sizes: list[int] = []  # rows of each group that are left
     writer = TokenWriter(folder)
     with (folder / "drops.jsonl").open("w", encoding="utf-8") as listing:
-        for quad in quads:
+        for quad in _in_groups(quads):
+            if not (quad.leads or rules.settings.keep_groups):
+                num_left_out += 1
+                continue
             result = tokenize_views(quad, rules.tokenizer, rules.fmt, rules.settings)
-            counts.update(f"{view}/{MISSING_VIEW}" for view in VIEWS if quad.pair(view) is None)
+            if quad.leads:
+                sizes.append(0)
+                counts.update(f"{view}/{MISSING_VIEW}" for view in VIEWS if quad.pair(view) is None)
             for drop in result.drops:
                 if drop.reason != MISSING_VIEW:
                     counts[f"{drop.view}/{drop.reason}"] += 1
                     listing.write(json.dumps(asdict(drop)) + "\n")
-            if result.quad is None:
-                num_dropped += 1
-            else:
+            if result.quad is not None:
                 writer.add(result.quad)
+                sizes[-1] += 1
     size = writer.close()
-    return {"num_quads": writer.num_quads, "num_dropped_quads": num_dropped, "drops": dict(counts), "bytes": size}
+    summary: dict[str, object] = {
+        "num_quads": writer.num_quads,
+        "num_dropped_quads": sizes.count(0),
+        "drops": dict(counts),
+        "bytes": size,
+    }
+    if any(num > 1 for num in sizes):
+        summary["groups"] = [num for num in sizes if num]
+    if num_left_out:
+        summary["num_left_out"] = num_left_out
+    return summary
+
+
+def _in_groups(quads: Iterable[Quad]) -> Iterator[Quad]:
+    """The same quads, if the members of each group follow one another."""
+    current = None
+    for quad in quads:
+        if not quad.leads and quad.group != current:
+            raise UserError(
+                f"quad {quad.id!r}: field 'group': got {quad.group!r}, expected {current!r} as in the quad before it: the"
+                " quads of a group follow one another"
+            )
+        current = quad.group
+        yield quad

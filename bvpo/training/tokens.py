@@ -67,7 +67,8 @@ class TokenDataset:
     """Tokenised quads in ``folder``: ``tokens.arrow`` (memory-mapped), ``drops.jsonl`` and ``summary.json``.
 
     ``ds[i]`` reads one quad without loading others; only ``num_tokens`` [N], ``num_sequence_tokens`` [N] (the prefix counted
-    for each response, as a trainer without a tree would compute it) and ``has_view`` [N, 2] stay in memory.
+    for each response, as a trainer without a tree would compute it) and ``has_view`` [N, 2] stay in memory. Rows
+    ``group_starts[g]`` to ``group_starts[g + 1]`` are one quad with several traces; mostly every row is a group by itself.
     ``drops`` counts lost pairs as ``"view/reason"``. Made by :func:`bvpo.training.tokenizing.prepare_tokens`.
     """
 
@@ -77,6 +78,7 @@ class TokenDataset:
         self.fingerprint: str = summary["fingerprint"]
         self.drops: Counter[str] = Counter(summary["drops"])
         self.num_dropped_quads: int = summary["num_dropped_quads"]
+        self.num_left_out: int = summary.get("num_left_out", 0)  # members of groups that the estimator does not take
         path = self.folder / "tokens.arrow"
         if path.stat().st_size != summary["bytes"]:
             raise OSError(f"{path} has {path.stat().st_size} bytes, expected {summary['bytes']}")
@@ -92,6 +94,30 @@ class TokenDataset:
         self.has_view: npt.NDArray[np.bool_] = bounds[:, [1, 7]] >= 0
         num_branches = (bounds[:, [1, 4, 7, 10]] >= 0).sum(axis=1)
         self.num_sequence_tokens: npt.NDArray[np.int64] = self.num_tokens + bounds[:, 0] * (num_branches - 1)
+        # Only data with several traces says so, so that files from before groups existed are still read.
+        sizes = summary.get("groups") or [1] * len(self)
+        self.group_starts: npt.NDArray[np.int64] = np.cumsum([0, *sizes])
+        if self.group_starts[-1] != len(self):
+            raise ValueError(f"{path} has {len(self)} quads, its groups {self.group_starts[-1]}")
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.group_starts) - 1
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether a group has more than one row."""
+        return self.num_groups < len(self)
+
+    @property
+    def group_tokens(self) -> npt.NDArray[np.int64]:
+        """``num_tokens`` of whole groups; [G]."""
+        return np.add.reduceat(self.num_tokens, self.group_starts[:-1]) if self.has_groups else self.num_tokens
+
+    @property
+    def group_has_view(self) -> npt.NDArray[np.bool_]:
+        """``has_view`` of whole groups; [G, 2]."""
+        return np.logical_or.reduceat(self.has_view, self.group_starts[:-1]) if self.has_groups else self.has_view
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from bvpo.core.mixing import AlphaSource
+from bvpo.records import View
 from bvpo.strict import UserError
 from bvpo.training import policy, reference
 from bvpo.training.arguments import BVPOConfig
@@ -154,6 +155,10 @@ class BVPOTrainer(Trainer):
             )
         if args.backward == "sequence" and args.tokens_per_micro_batch is not None:
             raise UserError("tokens_per_micro_batch: backward = 'sequence' takes one sequence at a time; leave it out")
+        if tokens.has_groups and args.trace_estimator != "traces":
+            raise UserError(
+                f"trace_estimator: got {args.trace_estimator!r}, but the tokens have quads with several traces"
+            )
         return StepDataset(
             tokens,
             layout=self.layout,
@@ -292,7 +297,7 @@ class BVPOTrainer(Trainer):
         """Quads of an epoch; transformers would count our items, which are steps."""
         steps = dataloader.dataset
         return (
-            len(steps.tokens) - steps.plan.num_dropped
+            steps.tokens.num_groups - steps.plan.num_dropped
             if isinstance(steps, StepDataset)
             else super().num_examples(dataloader)
         )
@@ -365,10 +370,7 @@ class BVPOTrainer(Trainer):
         if steps is None:
             raise UserError("eval_dataset: got none, expected held-out quads to evaluate on")
         if steps.reference is None:
-            if self.state.global_step and self._uses_cache:
-                raise UserError(
-                    "eval_dataset: give it to the trainer at the start, its reference needs the initial policy"
-                )
+            self._require_initial_policy()
             self.fill_reference(self.model, steps)
         model = self.model_wrapped if self.is_in_train else self.model
         start = time.perf_counter()
@@ -380,6 +382,23 @@ class BVPOTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def held_out_margins(self) -> list[dict[View, float]]:
+        """Per held-out quad the margin of each of its views, with the model as it is; none without held-out quads."""
+        from bvpo.training.held_out import margins
+
+        steps = self._eval_steps
+        if steps is None:
+            return []
+        if steps.reference is None:
+            self._require_initial_policy()
+            self.fill_reference(self.model, steps)
+        show = not self.args.disable_tqdm and self.is_world_process_zero()
+        return margins(self.model, self._runner(), steps, show_progress=show)
+
+    def _require_initial_policy(self) -> None:
+        if self.state.global_step and self._uses_cache:
+            raise UserError("eval_dataset: give it to the trainer at the start, its reference needs the initial policy")
 
     def _mixed_loss(self, metrics: dict[str, float], prefix: str, alpha: float) -> float:
         """alpha * trace + (1 - alpha) * empty + anchor, of the held-out means."""

@@ -13,25 +13,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
-from training_fixtures import make_trainer, random_quads, tiny_causal_lm, use_exact_norms
+from training_fixtures import make_trainer, random_quads, tiny_causal_lm, use_exact_norms, write_tokens
 
 QUADS = random_quads(10, seed=7, ragged_views=True, tails=True)
 
 
 def train(folder: Path) -> None:
-    """Three optimizer steps through the real loop; under torchrun accelerate wraps the model in DDP."""
+    """Three optimizer steps through the real loop, then the margins of five quads; under torchrun accelerate wraps the model
+    in DDP."""
     model = use_exact_norms(tiny_causal_lm("qwen2", seed=2))
     trainer = make_trainer(
         folder / f"rank{os.environ.get('RANK', '0')}", model, QUADS, beta=0.3, learning_rate=1e-3,
         quads_per_step=4, output_dir=str(folder / "out"), logging_steps=1, lr_scheduler_type="constant", warmup_steps=0,
-        eval_dataset=None,
+        eval_dataset=write_tokens(folder / f"eval{os.environ.get('RANK', '0')}", QUADS[:5]),
     )  # fmt: skip
     trainer.train()
+    margins = trainer.held_out_margins()
     if dist.is_initialized():
         assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel", type(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-        torch.save({"state": trainer.model.state_dict(), "logs": logs}, folder / "result.pt")
+        torch.save({"state": trainer.model.state_dict(), "logs": logs, "margins": margins}, folder / "result.pt")
 
 
 def fsdp2(folder: Path) -> None:

@@ -31,8 +31,8 @@ def run(mode: str, folder: Path, processes: int) -> dict:
 
 
 def test_two_ddp_processes_equal_one(tmp_path):
-    """Weights after three steps, and the logged numbers. Mutations: the loss divided by the number of ranks; pair counts
-    taken per rank (views are ragged); a filler micro-batch that counts."""
+    """Weights after three steps, the logged numbers, and the margins of held-out quads. Mutations: the loss divided by the
+    number of ranks; pair counts taken per rank (views are ragged); a filler micro-batch that counts; margins of one rank."""
     one, two = run("train", tmp_path / "one", 1), run("train", tmp_path / "two", 2)
     for name, value in one["state"].items():
         torch.testing.assert_close(two["state"][name], value, rtol=1e-9, atol=1e-10, msg=name)
@@ -40,6 +40,9 @@ def test_two_ddp_processes_equal_one(tmp_path):
     for a, b in zip(one["logs"], two["logs"], strict=True):
         for name in ("loss", "trace/loss", "empty/rewards/margins", "trace/pairs", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-5), name
+    assert len(one["margins"]) == 5
+    for a, b in zip(one["margins"], two["margins"], strict=True):
+        assert a == pytest.approx(b, rel=1e-6, abs=1e-9)
 
 
 def test_two_fsdp2_processes_equal_one(tmp_path):

@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from formats_fixtures import tokenizer_of
 from scoring_fixtures import make_experiment, make_prompts, make_sample, write_config
+from training_fixtures import tiny_causal_lm
 
 from bvpo import cli
 from bvpo.config import DataConfig
-from bvpo.core.formats import FORMATS
+from bvpo.core.formats import FORMATS, completion_ids, view_prompt
 from bvpo.core.scores import score_key
 from bvpo.records import VIEWS, Prompt, Quad, Sample, Score
 from bvpo.stages import pair as stage
 from bvpo.store import RecordStore, read_manifest
-from bvpo.strict import read_jsonl
+from bvpo.strict import from_dict, read_jsonl
 from bvpo.training.data import load_quads
 from bvpo.training.export import preference_row
 
@@ -253,6 +258,93 @@ def test_dry_run_and_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert not (folder / "quads.jsonl").exists() and not (folder / "manifest.json").exists()
     assert pair(config, "--limit", "1") == 0
     assert [q.id for q in quads_of(folder)] == ["p0"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several traces per answer
+
+
+def repeated_answers(root: Path) -> Path:
+    """p0: three traces of the best answer and two of the worst; p1: none is repeated but by a copy of its tokens."""
+    samples = []
+    for prompt, answers in (("p0", "bawbwcb"), ("p1", "bwbc")):
+        for index, answer in enumerate(answers):
+            sample = make_sample(prompt, "trace", index, f"{answer}!", trace=f"t{index}")
+            ids = sample.token_ids if prompt == "p1" else (20 + index, *sample.token_ids)
+            samples.append(replace(sample, token_ids=ids))
+            samples.append(make_sample(prompt, "empty", index, f"E{index}"))
+    folder = make_experiment(root, make_prompts(2), samples)
+    value = {"b": 2.0, "a": 1.0, "c": 1.0, "w": 0.0}
+    of = {s.key: value[s.answer[0]] if s.view == "trace" else float(s.index) for s in samples if s.answer}
+    write_scores(folder, (scored(sample, of[sample.key]) for sample in samples))
+    return folder
+
+
+def test_more_traces_of_a_pair_are_members_of_its_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Mutations: members with the empty pair; members exported or counted as quads; the report silent about them."""
+    folder = repeated_answers(tmp_path)
+    assert pair(write_config(tmp_path, "")) == 0
+    plain, report = (folder / "quads.jsonl").read_text(), report_of(folder)
+    rows = (folder / "preferences" / "trace.jsonl").read_text()
+    assert "group" not in plain and "traces" not in report
+    assert pair(write_config(tmp_path, "[pair]\ntraces = 3\n")) == 0
+    quads = quads_of(folder)
+    assert [(q.id, q.group, q.empty is not None) for q in quads] == [
+        ("p0", "p0", True), ("p0+2", "p0", False), ("p1", None, True),
+    ]  # fmt: skip
+    indices = [[r.trace for r in (q.trace.chosen, q.trace.rejected)] for q in quads if q.trace]
+    assert indices == [["t0", "t2"], ["t3", "t4"], ["t0", "t1"]]
+    assert [replace(q, group=None) for q in quads if q.leads] == [
+        from_dict(Quad, json.loads(x)) for x in plain.splitlines()
+    ]
+    assert (folder / "preferences" / "trace.jsonl").read_text() == rows
+    assert report_of(folder) == {**report, "traces": {"1": 1, "2": 1}}
+    assert "trace pairs by traces per answer: 1 with 1, 1 with 2" in capsys.readouterr().err
+    assert cli.main(["status", str(folder)]) == 0 and "2 quads" in capsys.readouterr().out
+    assert pair(write_config(tmp_path, "[pair]\ntraces = 0\n")) == 2
+
+
+def test_several_traces_are_trained_on_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Samples to aligned model with ``pair.traces = 3`` and looks at the gradient; then the first traces alone. Mutations:
+    groups lost between the stages; 'joint' trained on the members."""
+    tokenizer, fmt = tokenizer_of("r1-distill"), FORMATS["r1-distill"]
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = tiny_causal_lm("qwen2", dtype=torch.float32, vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    prompts, samples = make_prompts(4), []
+    for prompt in prompts:
+        for view in VIEWS:
+            sent = view_prompt(tokenizer, fmt, prompt.messages, view)
+            for index in range(6):
+                answer, trace = ("yes", "no")[index % 2], f"so {index}" if view == "trace" else None
+                ids = completion_ids(tokenizer, fmt, view, trace, answer, True)
+                sample = make_sample(
+                    prompt.id, view, index, answer, trace=trace or "", prompt_ids=tuple(sent.prompt_ids)
+                )
+                samples.append(replace(sample, token_ids=tuple(ids), completion_start=sent.completion_start))
+    folder = make_experiment(tmp_path, prompts, samples)
+    write_scores(folder, (scored(sample, float(sample.answer == "yes")) for sample in samples))
+    training = "quads_per_step = 4\nepochs = 4.0\nlearning_rate = 1e-2\nlogging_steps = 1\ntelemetry_steps = 1\n"
+    config = write_config(
+        tmp_path, f"[pair]\ntraces = 3\nexport = false\n[train]\n{training}[train.hf]\nuse_cpu = true\n"
+    )
+    words = [config, "--model.path", str(tmp_path / "model"), "--model.format", "r1-distill"]
+    assert pair(*words) == 0
+    assert [q.id for q in quads_of(folder)][:4] == ["p0", "p0+2", "p0+3", "p1"]
+    assert cli.main(["train", *words, "--train.trace_estimator", "traces", "--train.loss.name", "simpo"]) == 2
+    assert "loss 'simpo' has no reference" in capsys.readouterr().err
+    assert cli.main(["train", *words, "--train.trace_estimator", "traces"]) == 0
+    said = capsys.readouterr().err
+    assert "traces per answer: 4 quads with 3" in said
+    summary = json.loads((folder / "train" / "summary.json").read_text())
+    assert (summary["quads"], summary["optimizer_steps"], summary["pairs"]) == (4, 4, {"trace": 4, "empty": 4})
+    assert summary["last"]["trace/rewards/margins"] > 0 and "noise/drift" in summary["last"]
+    shutil.rmtree(folder / "train")
+    (folder / "manifest.json").unlink()
+    assert cli.main(["train", *words]) == 0
+    assert "8 further traces of quads with several are left out" in capsys.readouterr().err
+    joint = json.loads((folder / "train" / "summary.json").read_text())
+    assert joint["pairs"] == summary["pairs"] and joint["tokens"] < summary["tokens"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,10 @@ max_new_tokens = 24
 [score]
 scorer = "function"
 function.path = "scorer.py:score"
+[data]
+eval_fraction = 0.45
 [train]
+epochs = 2
 quads_per_step = 4
 learning_rate = 1e-3
 save = "no"
@@ -50,6 +54,10 @@ unclosed.length = 0.0
 seeds = [1, 2]
 workers = 2
 stages = ["prompts", "sample", "score", "pair", "analyze", "train", "evaluate"]
+[run.declared.longer]
+better = "mix"
+than = "dpo"
+on = "talk/thinking/length"
 [run.methods.base.evaluate]
 model = "base"
 [run.methods.dpo]
@@ -82,7 +90,7 @@ def finished(home: Path) -> Path:
 
 def bvpo(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "bvpo", *words], cwd=folder, capture_output=True, text=True, timeout=100
+        [sys.executable, "-m", "bvpo", *words], cwd=folder, capture_output=True, text=True, timeout=300
     )
 
 
@@ -132,12 +140,65 @@ def test_results_agree_with_the_samples(finished: Path) -> None:
                 assert row["result"]["seed_high"] == pytest.approx(np.mean(gaps) + half, rel=1e-6, abs=1e-9)
 
 
+def test_what_was_declared_is_told_with_whether_it_was_in_time(home: Path, finished: Path, tmp_path: Path) -> None:
+    """Mutation: a comparison that counts as declared beforehand although it was entered, or changed, after the results."""
+    (row,) = results(finished)["declared"]
+    (same,) = [
+        r
+        for r in results(finished)["differences"]
+        if (r["method"], r["mode"], r["metric"]) == ("mix", "thinking", "length")
+    ]
+    assert row["beforehand"] is True
+    assert row["result"] == same["result"], "one declared comparison keeps the level of all"
+    assert "What was declared beforehand" in (finished / "report.html").read_text()
+    late = CONFIG.replace('than = "dpo"', 'than = "base"').replace(
+        "[run.methods.base",
+        '[run.declared.also]\nbetter = "mix"\nthan = "dpo"\non = "talk/thinking/length"\n[run.methods.base',
+        1,
+    )
+    copy = shutil.copytree(home, tmp_path / "copy")
+    (copy / "late.toml").write_text(late)
+    assert bvpo(copy, "run", "late.toml").returncode == 0
+    rows = results(copy / "experiments" / "cmp")["declared"]
+    assert [(r["name"], r["beforehand"]) for r in rows] == [("longer", False), ("also", False)]
+    assert rows[1]["result"]["level"] == pytest.approx(0.975)
+    assert bvpo(copy, "run", "cmp.toml").returncode == 0
+    (row,) = results(copy / "experiments" / "cmp")["declared"]
+    assert row["beforehand"] is False, "it was changed in between"
+
+
 def test_budgets_and_drops_are_counted(finished: Path) -> None:
     """Mutation: the empty view's pairs counted for a method that never sees them."""
     rows = {row["name"]: row for row in results(finished)["methods"]}
     assert rows["base"]["trained"] is False
     assert rows["dpo"]["empty_pairs"] == 0 < rows["mix"]["empty_pairs"]
     assert rows["dpo"]["tokens"] < rows["mix"]["tokens"]
+
+
+def test_reliability_is_of_the_held_out_pairs(finished: Path) -> None:
+    """Recomputed here from what training left. Mutations: training pairs among them; a method's views mixed up; the share
+    right of pairs that are stated below 0.5; one seed only."""
+    import numpy as np
+
+    def margins(method: str, view: str) -> list[np.ndarray]:
+        files = [finished / f"seed-{seed}" / method / "train" / "held_out.jsonl" for seed in (1, 2)]
+        lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+        return [np.array([one["margin"] for one in found if one["view"] == view]) for found in lines]
+
+    rows = {(row["method"], row["view"]): row for row in results(finished)["calibration"]}
+    assert set(rows) == {("dpo", "trace"), ("mix", "trace"), ("mix", "empty")}
+    for (method, view), row in rows.items():
+        found = margins(method, view)
+        assert row["num_pairs"] == sum(map(len, found)) == sum(one["num_pairs"] for one in row["bins"])
+        means = {
+            "accuracy": [np.mean((m > 0) + 0.5 * (m == 0)) for m in found],
+            "brier": [np.mean((1 - 1 / (1 + np.exp(-m))) ** 2) for m in found],
+            "log_loss": [np.mean(np.log1p(np.exp(-m))) for m in found],
+        }
+        for name, values in means.items():
+            assert row[name]["value"] == pytest.approx(np.mean(values), abs=1e-9), name
+    page = (finished / "report.html").read_text()
+    assert "Reliability of the stated preferences" in page and "share right, empty view" in page
 
 
 def test_the_page_is_whole(finished: Path) -> None:

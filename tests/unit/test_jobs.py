@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bvpo.config import EvaluateConfig, ExperimentConfig, load_config
-from bvpo.core.evaluation import OverSeeds
-from bvpo.core.results import CurveRow, DifferenceRow, MethodRow, Results, ScoreRow
 from bvpo.jobs.cost import bounds
 from bvpo.jobs.plan import grid_cells, nested, plan
 from bvpo.jobs.stamps import Stamps
-from bvpo.jobs.tuning import Cell, choose, plan_tuning, read_tuned, tuned_toml
+from bvpo.jobs.tuning import Cell, at_edges, choose, finalists, plan_tuning, read_tuned, tuned_toml
 from bvpo.store import begin_stage, finish_stage
 from bvpo.strict import UserError
 
@@ -122,18 +120,31 @@ def test_tuning_has_its_own_seeds_prompts_and_folders(tmp_path: Path) -> None:
     assert len({folder for cell in cells for folder in cell.folders}) == 8
 
 
+def evaluated(folder: Path, value: float) -> Path:
+    """A folder that says it was evaluated, with this reward."""
+    place = folder / "eval" / "chat"
+    place.mkdir(parents=True)
+    (place / "thinking.json").write_text(json.dumps({"metrics": {"reward": {"estimate": {"value": value}}}}))
+    return folder
+
+
+def cells_of(tmp_path: Path, *scores: tuple[float, ...]) -> list[Cell]:
+    """One cell for each group of scores, one folder for each score."""
+    return [
+        Cell(
+            method="dpo",
+            number=number,
+            settings={"train.learning_rate": 10.0**-number},
+            folders=tuple(evaluated(tmp_path / f"{number}-{seed}", value) for seed, value in enumerate(values)),
+        )
+        for number, values in enumerate(scores)
+    ]
+
+
 def test_the_best_cell_is_written_and_read_again(tmp_path: Path) -> None:
     """Mutation: the smallest mean, a tie to the later cell, or `same` that is forgotten."""
     own = config(tmp_path, METHODS + TUNE)
-    cells = []
-    for number, scores in enumerate([(1.0, 2.0), (3.0, 1.0), (2.0, 2.0)]):
-        folders = tuple(tmp_path / f"{number}-{seed}" for seed in (8, 9))
-        for folder, value in zip(folders, scores, strict=True):
-            place = folder / "eval" / "chat"
-            place.mkdir(parents=True)
-            (place / "thinking.json").write_text(json.dumps({"metrics": {"reward": {"estimate": {"value": value}}}}))
-        cells.append(Cell(method="dpo", settings={"train.learning_rate": 10.0**-number}, folders=folders))
-    best, log = choose(cells, own.run.tune.objective)
+    best, log = choose(cells_of(tmp_path, (1.0, 2.0), (3.0, 1.0), (2.0, 2.0)), own.run.tune.objective)
     assert best == {"dpo": {"train.learning_rate": 0.1}}
     assert [row["mean"] for row in log] == [1.5, 2.0, 2.0]
     (tmp_path / "tuned.toml").write_text(tuned_toml(own, best))
@@ -141,6 +152,45 @@ def test_the_best_cell_is_written_and_read_again(tmp_path: Path) -> None:
     jobs = {job.name: job for job in plan(own, read_tuned(own))}
     assert jobs["seed-1/mix"].config.train.learning_rate == 0.1
     assert jobs["seed-1/mix"].config.train.alpha.value == 0.25
+
+
+def test_the_best_cells_run_again_on_further_seeds(tmp_path: Path) -> None:
+    """Mutation: the final seeds alone decide, a cell that did not run on them wins, or all cells run on them."""
+    own = config(tmp_path, METHODS + TUNE.replace("seeds = [8, 9]", "seeds = [8, 9]\nfinal_seeds = [7]\nfinalists = 2"))
+    cells = cells_of(tmp_path, (1.0, 2.0), (3.0, 1.0), (2.0, 2.0), (0.0, 0.0))
+    last = finalists(cells, own.run.tune.objective, own.run.tune.finalists)
+    assert [cell.number for cell in last] == [1, 2]
+    jobs, finals = plan_tuning(own, last)
+    assert [job.name for job in jobs] == ["seed-7/data", "seed-7/dpo.1", "seed-7/dpo.2"]
+    assert [len(cell.folders) for cell in finals] == [3, 3]
+    for folder, value in zip((finals[0].folders[-1], finals[1].folders[-1]), (1.0, 1.9), strict=True):
+        evaluated(folder, value)
+    best, log = choose(cells, own.run.tune.objective, finals)
+    assert best == {"dpo": cells[2].settings}
+    assert [row["scores"] for row in log] == [[1.0, 2.0], [3.0, 1.0, 1.0], [2.0, 2.0, 1.9], [0.0, 0.0]]
+    assert [row["final"] for row in log] == [False, True, True, False]
+    assert "8, 9, and 7 for the best 2" in tuned_toml(own, best)
+    with pytest.raises(UserError, match=r"run\.tune\.final_seeds: 9 is also a seed"):
+        plan(config(tmp_path, METHODS + TUNE.replace("seeds = [8, 9]", "seeds = [8, 9]\nfinal_seeds = [9]")))
+
+
+def test_values_of_another_experiment_may_be_read(tmp_path: Path) -> None:
+    """Mutation: a method of the file that is not run here refused, or a file about none of ours accepted."""
+    own = config(tmp_path, METHODS + TUNE)
+    (tmp_path / "tuned.toml").write_text('[other]\n"train.loss.beta" = 2.0\n[dpo]\n"train.loss.beta" = 1.0\n')
+    assert read_tuned(own) == {"dpo": {"train.loss.beta": 1.0}, "mix": {"train.loss.beta": 1.0}}
+    (tmp_path / "tuned.toml").write_text('[other]\n"train.loss.beta" = 2.0\n')
+    with pytest.raises(UserError, match=r"none of its methods \(other\)"):
+        read_tuned(own)
+
+
+def test_values_at_an_end_of_the_grid_are_named(tmp_path: Path) -> None:
+    """Mutation: a value in the middle that is named, or a single value."""
+    own = config(tmp_path, METHODS + TUNE.replace("[1e-4, 1e-3]", "[1e-4, 1e-3, 1e-2]").replace("[0.1, 0.5]", "[0.1]"))
+    assert at_edges(own, {"dpo": {"train.learning_rate": 1e-2, "train.loss.beta": 0.1}}) == [
+        "dpo: train.learning_rate = 0.01"
+    ]
+    assert at_edges(own, {"dpo": {"train.learning_rate": 1e-3, "train.loss.beta": 0.1}}) == []
 
 
 def test_grid_values_are_lists(tmp_path: Path) -> None:
@@ -203,11 +253,3 @@ def test_bounds_of_a_run(tmp_path: Path) -> None:
     assert any(
         "not known" in line for line in bounds(config(tmp_path, METHODS, "--prompts.sources", "org/set")).lines()
     )
-
-
-def test_the_page_names_every_field_of_the_results() -> None:
-    """Mutation: a field of results.json that docs/run.md does not explain."""
-    page = Path("docs/run.md").read_text()
-    for record in (Results, MethodRow, ScoreRow, DifferenceRow, CurveRow, OverSeeds):
-        for field in fields(record):
-            assert f"`{field.name}`" in page, f"{record.__name__}.{field.name}"

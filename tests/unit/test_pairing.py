@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bvpo.config import PairConfig
-from bvpo.core.pairing import DROPS, STRATEGIES, Candidate, Drop, Selection, select_pairs
+from bvpo.core.pairing import DROPS, STRATEGIES, Candidate, Drop, Selection, select_pairs, with_traces
 from bvpo.core.pairing_report import Report, quantiles
 from bvpo.records import VIEWS
 
@@ -202,6 +202,21 @@ def test_top_vs_random_draws_every_other_one_and_repeats_itself() -> None:
     again = [keys(pick(rows, config, name=f"p{i}", seed=1)) for i in range(50)]
     assert again == [keys(pick(rows, config, name=f"p{i}", seed=1)) for i in range(50)]
     assert again != [keys(pick(rows, config, name=f"p{i}", seed=2)) for i in range(50)]
+
+
+def test_further_traces_of_the_same_answers() -> None:
+    """Mutations: another answer's trace; a trace twice; order of storage; more than asked for; the longer side's number."""
+    rows = make(
+        ("b", 0.0), ("a", 1.0), ("a", 1.0), ("b", 0.0), ("c", 0.5), ("a", 1.0), ("a", None), ("a", 1.0), ("b", 0.0)
+    )
+    tokens = ["t0", "t1", "t1", "t3", "t4", "t5", "t6", "t7", "t8"]
+    rows = [replace(row, tokens=name) for row, name in zip(rows, tokens, strict=True)]
+    (choice,) = pick(rows, PairConfig()).pairs
+    assert (choice.chosen.key, choice.rejected.key, choice.more) == ("k1", "k0", ())
+    for most, expected in ((1, []), (2, [("k5", "k3")]), (9, [("k5", "k3"), ("k7", "k8")])):
+        more = with_traces(choice, rows[::-1], most).more
+        assert [(one.chosen.key, one.rejected.key) for one in more] == expected
+    assert with_traces(choice, rows[:8], 9).more == with_traces(choice, rows, 2).more, "as many as both have"
 
 
 def test_quantiles_are_values_that_occur() -> None:

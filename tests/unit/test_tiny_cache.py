@@ -173,3 +173,19 @@ def test_other_code_is_said_and_kept(tmp_path: Path, make: Maker, caplog: Any, m
     with caplog.at_level("INFO"):
         assert ensure_base(tmp_path / "a", TINY, make).origin == "here"
     assert "made by another version: libraries.torch" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("own", "users", "expected"),
+    [
+        ("/own", "/users", "/own"),
+        ("", "/users", "/users/bvpo"),
+        ("", "", "/home/me/.cache/bvpo"),
+        ("", "relative/cache", "/home/me/.cache/bvpo"),
+    ],
+)
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, own: str, users: str, expected: str) -> None:
+    """Mutation: XDG_CACHE_HOME ignored, or before BVPO_CACHE, or a relative one taken, which its specification forbids."""
+    for name, value in (("BVPO_CACHE", own), ("XDG_CACHE_HOME", users), ("HOME", "/home/me")):
+        monkeypatch.setenv(name, value)
+    assert cache.cache_folder() == Path(expected)

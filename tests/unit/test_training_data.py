@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -489,6 +489,65 @@ def test_fingerprints_follow_content(tmp_path):
     assert quads_from({"trace": rows}, FMT).fingerprint == first["dataset"]
 
 
+def grouped(name: str, num: int) -> list[Quad]:
+    """A quad with ``num`` traces of its answers."""
+    first = quad(name)
+    sides = [[Response(trace=f"{side}{i}", answer=side) for i in range(num)] for side in ("yes", "no")]
+    pairs = [Pair(view="trace", chosen=c, rejected=r) for c, r in zip(*sides, strict=True)]
+    group = name if num > 1 else None
+    more = [Quad(id=f"{name}+{i}", messages=first.messages, trace=pairs[i - 1], group=group) for i in range(2, num + 1)]
+    return [replace(first, trace=pairs[0], group=group), *more]
+
+
+def test_a_limit_and_a_split_keep_groups_whole(tmp_path):
+    """Guards: a limit on lines, a limit that stops at the first member, and a split by line."""
+    quads = [q for i in range(30) for q in grouped(f"g{i}", 1 + i % 3)]
+    path = tmp_path / "quads.jsonl"
+    write_jsonl(path, quads)
+    assert '"group": null' not in path.read_text(), "files without groups are what they were"
+    limited = list(load_quads(DataConfig(quads=str(path), limit=3), FMT).train)
+    assert [q.id for q in limited] == ["g0", "g1", "g1+2", "g2", "g2+2", "g2+3"]
+    sets = load_quads(DataConfig(quads=str(path), eval_fraction=0.4), FMT)
+    assert sets.eval is not None
+    roots = [{q.id.split("+")[0] for q in source} for source in (sets.train, sets.eval)]
+    assert not roots[0] & roots[1] and len(roots[0] | roots[1]) == 30 and min(map(len, roots)) > 3
+    empty = list(load_quads(DataConfig(quads=str(path), views=("empty",)), FMT).train)
+    assert [q.id for q in empty] == [f"g{i}" for i in range(30)]
+
+
+def test_members_are_tokenised_for_the_estimator_that_takes_them(tmp_path, caplog):
+    """Guards: members trained on as quads of their own, a group that loses its bounds, and nothing said of either."""
+    caplog.set_level(logging.INFO, logger="bvpo")
+    quads = [*grouped("a", 3), *grouped("b", 1), *grouped("c", 2)]
+    settings = {keep: TokenSettings(max_length=400, keep_groups=keep) for keep in (False, True)}
+    first = prepare_tokens(quads_from(quads, FMT), TOKENIZER, FMT, settings[False], tmp_path)
+    assert [q.id for q in first] == ["a", "b", "c"] and not first.has_groups and first.num_left_out == 3
+    assert "3 further traces of quads with several are left out" in caplog.text
+    every = prepare_tokens(quads_from(quads, FMT), TOKENIZER, FMT, settings[True], tmp_path)
+    assert [q.id for q in every] == [q.id for q in quads] and every.group_starts.tolist() == [0, 3, 4, 6]
+    assert every.group_has_view.tolist() == [[True, True]] * 3
+    assert every.group_tokens.tolist() == [sum(q.num_tokens for q in every if q.id[0] == name) for name in "abc"]
+    assert "traces per answer: 1 quads with 1, 1 quads with 2, 1 quads with 3" in caplog.text
+    long = [replace(q, trace=replace(q.trace, chosen=replace(q.trace.chosen, trace="x" * 999))) for q in quads[1:3]]
+    short = prepare_tokens(quads_from([quads[0], *long, *quads[3:]], FMT), TOKENIZER, FMT, settings[True], tmp_path)
+    assert short.group_starts.tolist() == [0, 1, 2, 4] and short.num_dropped_quads == 0
+    ones = prepare_tokens(quads_from(quads[3:4], FMT), TOKENIZER, FMT, settings[True], tmp_path)
+    assert not ones.has_groups and "so 'traces' is the same as 'joint'" in caplog.text
+
+
+def test_broken_groups_are_refused(tmp_path):
+    """Guards: a member far from its group, whose traces would be taken for another quad's; a second empty pair."""
+    settings = TokenSettings(max_length=400, keep_groups=True)
+    apart = quads_from([*grouped("a", 2)[:1], *grouped("b", 1), *grouped("a", 2)[1:]], FMT)
+    with pytest.raises(UserError, match=r"quad 'a\+2': field 'group': got 'a', expected None as in the quad before it"):
+        prepare_tokens(apart, TOKENIZER, FMT, settings, tmp_path)
+    first, second = grouped("a", 2)
+    with pytest.raises(
+        UserError, match=r"field 'group': got 'a' \(str\), whose members have a trace pair and nothing else"
+    ):
+        quads_from([first, replace(second, empty=first.empty)], FMT)
+
+
 def test_sources_feed_the_token_store(tmp_path):
     """Guards: a source that the tokeniser cannot read twice, and a setting of the trainer that is not passed on."""
 
@@ -499,6 +558,7 @@ def test_sources_feed_the_token_store(tmp_path):
         max_length = 400
         over_long = "drop"
         score_empty_block = True
+        trace_estimator = "joint"
 
     data = str(EXAMPLES / "quads.jsonl")
     dataset = token_dataset(data, TOKENIZER, len(TOKENIZER), Arguments(), "train")
@@ -506,7 +566,8 @@ def test_sources_feed_the_token_store(tmp_path):
     direct = prepare_tokens(quads_from(data, FMT), TOKENIZER, FMT, settings, tmp_path / "direct")
     assert dataset.fingerprint == direct.fingerprint and len(dataset) == 3
     assert dataset.folder.is_relative_to(tmp_path / "out")
-    for name, value in (("max_length", 30), ("score_empty_block", False), ("over_long", "refuse")):
+    changes = (("max_length", 30), ("score_empty_block", False), ("over_long", "refuse"), ("trace_estimator", "traces"))
+    for name, value in changes:
         changed = Arguments()
         setattr(changed, name, value)
         assert token_dataset(data, TOKENIZER, len(TOKENIZER), changed, "train").fingerprint != dataset.fingerprint
