@@ -405,6 +405,38 @@ def test_mistakes_are_one_line(whole: Lab, flags: list[str], said: str, err: Cal
     assert {path: path.read_bytes() for path in whole.folder.rglob("*") if path.is_file()} == before
 
 
+def test_a_served_model_is_evaluated_the_same_way(lab: Lab) -> None:
+    """The same model behind an OpenAI-compatible server, in a folder of its own. Mutation: the engine's settings lost on
+    the way to sampling, or token counts and traces that only the engine of this process gives."""
+    from http_fixtures import QUICK
+    from servers.completions_server import CompletionsServer
+    from transformers import AutoTokenizer
+
+    from bvpo.engines.embedded import create
+
+    model = str(lab.root / "model")
+    engine = create(model=model)
+    served = CompletionsServer(engine, AutoTokenizer.from_pretrained(model))
+    options = [f"--sample.options.{name}={value}" for name, value in QUICK.items()]
+    try:
+        flags = ["--evaluate.folder", "eval_served", "--sample.engine", "openai", "--sample.endpoints", served.url]
+        assert lab.evaluate(*flags, *options, "--limit", "6") == 0
+    finally:
+        served.stop()
+        engine.close()
+    for benchmark, samples in (("chat", 1), ("math", 4)):
+        for mode in VIEWS:
+            ours, here = (lab.result(benchmark, mode, folder) for folder in ("eval_served", "eval"))
+            assert (ours["num_prompts"], ours["num_samples"]) == (6, 6 * samples)
+            assert ours["metrics"].keys() == here["metrics"].keys()
+            assert ours["sampling"]["temperature"] == here["sampling"]["temperature"]
+        place = lab.folder / "eval_served" / benchmark
+        verdicts = list(read_jsonl(place / "verdicts.jsonl", Verdict))
+        assert len(verdicts) == 12 * samples
+        assert all(v.tokens is not None and 0 < v.tokens <= 40 for v in verdicts)
+        assert all(v.trace_tokens == 0 for v in verdicts if v.mode == "nothinking")
+
+
 def test_a_dry_run_writes_nothing(whole: Lab) -> None:
     """Mutation: the benchmark's folder made on a dry run."""
     before = sorted(whole.folder.rglob("*"))
