@@ -1,4 +1,4 @@
-# make vignette  a tiny reasoning model aligned by eleven methods, with evidence: EXP_ID=name SEED=n choose another
+# make vignette  a tiny reasoning model aligned by ten methods, with evidence: EXP_ID=name SEED=n choose another
 # make build   .venv with the pinned development environment (again: instant)
 # make test    the whole test suite
 # make check   what CI runs: format, lint, types, layers, docs, tests

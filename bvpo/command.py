@@ -22,6 +22,13 @@ _OPTIONS = (
     ("--debug", "show the traceback of an error"),
     ("--help", "show this page"),
 )
+_OWN_OPTIONS = {
+    "sample": ("--retry-failed", "draw samples again that failed"),
+    "score": ("--retry-failed", "score samples again that failed"),
+    "evaluate": ("--rescore", "score the same samples anew, after the scorer was changed"),
+    "run": ("--tune", "first find each method's best settings: the grid of [run.tune]"),
+}
+"""What one verb alone has; its stage takes it from the words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +81,8 @@ def help_page(verb: str, about: str = "", width: int | None = None) -> str:
     lines = [f"usage: bvpo {verb} CONFIG.toml [--section.field VALUE ...] [options]", ""]
     if about:
         lines += [*textwrap.wrap(about, width), ""]
-    lines += ["options:", *(f"  {name:<12} {text}" for name, text in _OPTIONS), ""]
+    own = [_OWN_OPTIONS[verb]] if verb in _OWN_OPTIONS else []
+    lines += ["options:", *(f"  {name:<14} {text}" for name, text in (*own, *_OPTIONS)), ""]
     lines += textwrap.wrap(
         "Settings, for the TOML file (section.field) or the command line, which wins. 'none' unsets a setting "
         "that allows it; lists are joined by commas.",

@@ -27,14 +27,21 @@ class Declared:
 
 
 def declared_rows(
-    declared: tuple[Declared, ...], runs: Mapping[str, Runs], *, beforehand: Mapping[str, bool], level: float = 0.95
+    declared: tuple[Declared, ...],
+    runs: Mapping[str, Runs],
+    *,
+    beforehand: Mapping[str, bool],
+    num_seeds: int,
+    num_withdrawn: int = 0,
+    level: float = 0.95,
 ) -> tuple[DeclaredRow, ...]:
-    """One row per declared comparison. ``runs`` maps methods to their runs; ``level`` is that of all rows together."""
-    own_level = 1 - (1 - level) / max(1, len(declared))
-    return tuple(_row(one, runs, beforehand[one.name], own_level) for one in declared)
+    """One row per declared comparison. ``runs`` maps methods to their runs, ``num_seeds`` is how many there will be, and
+    ``level`` is that of all rows together, with the ``num_withdrawn`` that were declared once."""
+    own_level = 1 - (1 - level) / max(1, len(declared) + num_withdrawn)
+    return tuple(_row(one, runs, beforehand[one.name], num_seeds, own_level) for one in declared)
 
 
-def _row(one: Declared, runs: Mapping[str, Runs], beforehand: bool, level: float) -> DeclaredRow:
+def _row(one: Declared, runs: Mapping[str, Runs], beforehand: bool, num_seeds: int, level: float) -> DeclaredRow:
     key = (one.benchmark, one.mode, one.metric)
     mine, theirs = (seed_values(runs.get(method, {}), *key) for method in (one.better, one.than))
     result = difference_over_seeds(mine, theirs, level=level)
@@ -46,15 +53,13 @@ def _row(one: Declared, runs: Mapping[str, Runs], beforehand: bool, level: float
         mode=one.mode,
         metric=one.metric,
         result=result,
-        outcome=outcome(result),
+        outcome=outcome(result) if result.num_seeds >= num_seeds else "not finished",
         beforehand=beforehand,
     )
 
 
 def outcome(result: OverSeeds) -> Outcome:
     """By the interval over seeds alone: one seed confirms nothing."""
-    if result.value is None:
-        return "no data"
     if result.seed_low is not None and result.seed_low > 0:
         return "confirmed"
     if result.seed_high is not None and result.seed_high < 0:

@@ -32,21 +32,19 @@ DROPS: dict[Drop, str] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One sampled response. ``content`` names its answer (equal answers, equal content; ``None``: no answer),
-    ``value`` is its score (``None``: none), ``length`` the answer's length in characters. ``tokens`` names its token ids
-    (equal ids, equal name); only :func:`with_traces` reads it."""
+    ``value`` is its score (``None``: none), ``length`` the answer's length in characters."""
 
     key: str
     index: int
     content: str | None
     value: float | None
     length: int = 0
-    tokens: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """One pair; ``margin`` is the chosen score minus the rejected score, 0 where the tie policy decided. ``more`` are pairs
-    with other traces of the same two answers."""
+    of further samples of the same two answers."""
 
     chosen: Candidate
     rejected: Candidate
@@ -112,8 +110,9 @@ def _distinct(scored: Iterable[Candidate]) -> list[Candidate]:
 
 
 def with_traces(choice: Choice, candidates: Iterable[Candidate], most: int) -> Choice:
-    """The pair with ``more``: at most ``most`` pairs in all, as many as both answers have different traces for, each
-    answer's in the order of sampling. ``candidates`` are those of the same prompt and view."""
+    """The pair with ``more``: at most ``most`` pairs in all, as many as both answers have samples for, each answer's in the
+    order of sampling. ``candidates`` are those of the same prompt and view. Equal traces all stay: what is estimated from
+    them is a mean over draws, and how often a trace was drawn is its weight."""
     scored = sorted((c for c in candidates if c.value is not None), key=lambda c: (c.index, c.key))
     chosen, rejected = (_traces(one, scored) for one in (choice.chosen, choice.rejected))
     found = [Choice(chosen=c, rejected=r) for c, r in zip(chosen, rejected, strict=False)]
@@ -121,11 +120,8 @@ def with_traces(choice: Choice, candidates: Iterable[Candidate], most: int) -> C
 
 
 def _traces(one: Candidate, ordered: Sequence[Candidate]) -> list[Candidate]:
-    """``one``, then the others with its answer; equal tokens count once."""
-    first: dict[str, Candidate] = {}
-    for candidate in (one, *(c for c in ordered if c.content == one.content)):
-        first.setdefault(candidate.tokens, candidate)
-    return list(first.values())
+    """``one``, then the other samples with its answer."""
+    return [one, *(c for c in ordered if c.content == one.content and c.key != one.key)]
 
 
 def _preference(ties: str) -> Callable[[Candidate], tuple[float | int | str, ...]]:

@@ -28,7 +28,7 @@ CURVES = (
 )
 """Numbers of metrics.jsonl that are kept as training curves."""
 
-Outcome = Literal["confirmed", "not confirmed", "the opposite", "no data"]
+Outcome = Literal["confirmed", "not confirmed", "the opposite", "not finished"]
 
 Runs = Mapping[str, Mapping[str, Sequence[Verdict]]]
 """Seed -> benchmark -> verdicts, of one method."""
@@ -74,7 +74,8 @@ class DifferenceRow:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeclaredRow:
     """What became of a declared comparison (``better`` above ``than``). ``result`` is the difference at the level of this
-    row; ``beforehand`` says whether the comparison stood in the config when none of its results existed."""
+    row; ``beforehand`` says whether the comparison, with its seeds and the settings of its methods, stood in the config
+    when nothing was evaluated yet."""
 
     name: str
     better: str

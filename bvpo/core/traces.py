@@ -61,8 +61,8 @@ def marginal_pairs(logps: PairLogps, groups: TraceGroups) -> PairLogps:
     """Pairs of answers from pairs of responses, for losses that are functions of reference log-ratios.
 
     With r_k from the reference given the answer, pi(y | x) / ref(y | x) = E[pi(r, y | x) / ref(r, y | x)]; the mean over the
-    traces estimates the ratio. Its logarithm stands in ``chosen`` and ``rejected``, and the reference is 0: a loss sees the
-    difference alone. Lengths are the traces' means.
+    draws (a trace that was drawn twice counts twice) estimates the ratio. Its logarithm stands in ``chosen`` and
+    ``rejected``, and the reference is 0: a loss sees the difference alone. Lengths are the traces' means.
     """
     chosen, rejected = log_ratios(logps)
     nothing = logps.chosen.new_zeros(len(groups.members_GK))

@@ -1,7 +1,8 @@
 """What a comparison's config declares, and whether it stood there before there was anything to see.
 
 In: the config and the experiment's folder. Out: :class:`~bvpo.core.declared.Declared` records, and ``declared.json`` in the
-folder, in which every declared comparison is entered once, with whether a result of any method was there at that time.
+folder: every comparison that was ever declared, for which seeds and under which settings of its methods, and whether nothing
+was evaluated yet when it was entered. Entries are never removed, so that what was taken back still counts.
 """
 
 from __future__ import annotations
@@ -12,83 +13,114 @@ from pathlib import Path
 from typing import Any, cast
 
 from bvpo.config import ExperimentConfig, benchmarks_of
-from bvpo.core.declared import Declared, DeclaredRow, declared_rows
+from bvpo.core.declared import Declared, declared_rows
 from bvpo.core.evaluation import MODES, Mode
-from bvpo.core.results import SHARES, Runs
+from bvpo.core.keys import content_hash
+from bvpo.core.results import DeclaredRow, Runs
+from bvpo.jobs.plan import method_config, nested, seeds_of
 from bvpo.store import write_atomically
-from bvpo.strict import FieldError, UserError, convert, did_you_mean, show
+from bvpo.strict import UserError, did_you_mean, show, to_dict
 
 FILE = "declared.json"
+_SEEN = ("seed-*/*/*/*/scores", "seed-*/*/*/*/verdicts.jsonl")  # of any method's evaluation, finished or not
+Tuned = Mapping[str, Mapping[str, Any]]
 
 
 def declared_of(config: ExperimentConfig) -> tuple[Declared, ...]:
     """The comparisons of ``[run.declared]``, checked against methods and benchmarks."""
-    return tuple(_parse(config, name, table) for name, table in config.run.declared.items())
+    if config.run.declared and not config.run.methods:
+        raise UserError("run.declared: there is nothing to compare without [run.methods]")
+    found: dict[str, Declared] = {}
+    for name, table in config.run.declared.items():
+        one = _parse(config, name, table)
+        if (what := _what(one)) in found:
+            raise UserError(f"run.declared.{name}: says the same as run.declared.{found[what].name}")
+        found[what] = one
+    return tuple(found.values())
 
 
 def _parse(config: ExperimentConfig, name: str, table: Any) -> Declared:
-    where = f"run.declared.{name}"
-    words = {"better": "", "than": "", "on": ""}
+    where, keys = f"run.declared.{name}", ("better", "than", "on")
     if not isinstance(table, Mapping):
         raise UserError(f"{where}: got {show(table)}, expected a table with 'better', 'than' and 'on'")
     for key, value in table.items():
-        if key not in words:
-            raise UserError(f"{where}: unknown field {key!r}{did_you_mean(str(key), words)}")
-        try:
-            words[key] = convert(str, value)
-        except FieldError as error:
-            raise UserError(f"{where}.{key}: {error.problem}") from None
+        if key not in keys:
+            raise UserError(f"{where}: unknown field {key!r}{did_you_mean(str(key), keys)}")
+        if not isinstance(value, str):
+            raise UserError(f"{where}.{key}: got {show(value)}, expected a string")
+    for key in keys:
+        if key not in table:
+            raise UserError(f"{where}.{key}: not set; a declared comparison has 'better', 'than' and 'on'")
     for key in ("better", "than"):
-        if words[key] not in config.run.methods:
-            hint = did_you_mean(words[key], config.run.methods)
-            raise UserError(f"{where}.{key}: no method {words[key]!r}{hint}")
-    parts = words["on"].split("/")
-    if len(parts) != 3:
-        raise UserError(f"{where}.on: got {show(words['on'])}, expected benchmark/mode/metric")
-    benchmark, mode, metric = parts
-    benchmarks = benchmarks_of(config.evaluate)
-    if benchmark not in benchmarks:
-        raise UserError(f"{where}.on: no benchmark {benchmark!r}{did_you_mean(benchmark, benchmarks)}")
-    metrics = (benchmarks[benchmark].metric, *benchmarks[benchmark].more, *SHARES)
-    for value, known, what in ((mode, MODES, "mode"), (metric, metrics, f"metric of {benchmark}")):
-        if value not in known:
-            raise UserError(f"{where}.on: {value!r} is not a {what} ({', '.join(known)})")
+        if table[key] not in config.run.methods:
+            raise UserError(f"{where}.{key}: no method {table[key]!r}{did_you_mean(table[key], config.run.methods)}")
+    if table["better"] == table["than"]:
+        raise UserError(f"{where}: compares {table['better']!r} with itself")
+    benchmark, mode, metric = metric_named(config, table["on"], f"{where}.on")
     return Declared(
-        name=name,
-        better=words["better"],
-        than=words["than"],
-        benchmark=benchmark,
-        mode=cast(Mode, mode),
-        metric=metric,
+        name=name, better=table["better"], than=table["than"], benchmark=benchmark, mode=mode, metric=metric
     )
 
 
-def enter(config: ExperimentConfig, folder: Path) -> None:
-    """Writes down what is declared and was not before; what was entered once keeps its entry while it stays the same."""
-    declared = declared_of(config)
-    entered = _read(folder)
-    if not declared and not entered:
-        return
-    nothing_seen = not any(folder.glob("seed-*/*/eval/results.json"))
-    entries = {}
+def metric_named(config: ExperimentConfig, text: str, where: str) -> tuple[str, Mode, str]:
+    """``benchmark/mode/metric`` of a config, checked against what it evaluates."""
+    parts = text.split("/")
+    if len(parts) != 3:
+        raise UserError(f"{where}: got {show(text)}, expected benchmark/mode/metric")
+    benchmark, mode, metric = parts
+    benchmarks = benchmarks_of(config.evaluate)
+    if benchmark not in benchmarks:
+        raise UserError(f"{where}: no benchmark {benchmark!r}{did_you_mean(benchmark, benchmarks)}")
+    if mode not in MODES or mode not in config.evaluate.modes:
+        raise UserError(f"{where}: {mode!r} is not a mode that is evaluated ({', '.join(config.evaluate.modes)})")
+    metrics = (benchmarks[benchmark].metric, *benchmarks[benchmark].more)
+    if metric not in metrics:
+        raise UserError(f"{where}: {metric!r} is not a metric of {benchmark} ({', '.join(metrics)})")
+    return benchmark, cast(Mode, mode), metric
+
+
+def enter(config: ExperimentConfig, folder: Path, tuned: Tuned) -> None:
+    """Writes down what is declared and was not before. What was entered once keeps its entry while it stays the same."""
+    declared, entered = declared_of(config), _read(folder)
+    nothing_seen = not any(True for pattern in _SEEN for _ in folder.glob(pattern))
+    entries = dict(entered)
     for one in declared:
+        now = _entry(config, one, tuned)
         before = entered.get(one.name)
-        same = before is not None and before["what"] == _what(one)
-        entries[one.name] = before if same else {"what": _what(one), "beforehand": nothing_seen}
+        if before is None or {key: before.get(key) for key in now} != now:
+            entries[one.name] = {**now, "beforehand": nothing_seen}
     if entries != entered:
         write_atomically(folder / FILE, json.dumps(entries, indent=1) + "\n")
 
 
-def rows_of(config: ExperimentConfig, folder: Path, runs: Mapping[str, Runs], level: float) -> tuple[DeclaredRow, ...]:
-    """What became of each; one that was never entered is not counted as declared beforehand."""
-    entered = _read(folder)
+def rows_of(
+    config: ExperimentConfig, folder: Path, runs: Mapping[str, Runs], tuned: Tuned, level: float
+) -> tuple[DeclaredRow, ...]:
+    """What became of each. The level is shared with what was declared once and is no more."""
+    declared, entered = declared_of(config), _read(folder)
 
     def in_time(one: Declared) -> bool:
-        entry = entered.get(one.name)
-        return entry is not None and entry["what"] == _what(one) and entry["beforehand"]
+        before, now = entered.get(one.name), _entry(config, one, tuned)
+        return before is not None and {key: before.get(key) for key in now} == now and before["beforehand"]
 
-    declared = declared_of(config)
-    return declared_rows(declared, runs, beforehand={one.name: in_time(one) for one in declared}, level=level)
+    return declared_rows(
+        declared,
+        runs,
+        beforehand={one.name: in_time(one) for one in declared},
+        num_seeds=len(seeds_of(config)),
+        num_withdrawn=len(entered.keys() - config.run.declared.keys()),
+        level=level,
+    )
+
+
+def _entry(config: ExperimentConfig, one: Declared, tuned: Tuned) -> dict[str, Any]:
+    """What must not change between the declaration and the result: the comparison, its seeds, what is trained and how."""
+    settings = {}
+    for name in (one.better, one.than):
+        own = method_config(config, name, config.run.methods[name], nested(tuned.get(name, {})))
+        sections = {key: value for key, value in to_dict(own).items() if key not in ("run", "name", "root", "seed")}
+        settings[name] = content_hash(sections)[:16]
+    return {"what": _what(one), "seeds": list(seeds_of(config)), "settings": settings}
 
 
 def _what(one: Declared) -> str:
@@ -98,8 +130,11 @@ def _what(one: Declared) -> str:
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); it holds what was declared before the runs") from None
+    if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
+        raise UserError(f"{path}: got something else than entries; it holds what was declared before the runs")
+    return found

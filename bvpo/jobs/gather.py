@@ -69,7 +69,7 @@ def method_folders(config: ExperimentConfig) -> Folders:
 def gather(config: ExperimentConfig, command: str) -> Results:
     """The results of all that is there."""
     folders = method_folders(config)
-    runs = {name: read_runs(by_seed) for name, by_seed in folders.items()}
+    runs = {name: _of_config(config, read_runs(by_seed)) for name, by_seed in folders.items()}
     if not any(runs.values()):
         raise UserError(f"{home(config)}: nothing was evaluated yet; run the experiment first")
     tuned = read_tuned(config) if config.run.methods else {}
@@ -88,7 +88,7 @@ def gather(config: ExperimentConfig, command: str) -> Results:
             if name != baseline and baseline in runs
             for row in difference_rows(name, runs[name], baseline, runs[baseline], level=LEVEL)
         ),
-        declared=rows_of(config, home(config), runs, LEVEL),
+        declared=rows_of(config, home(config), runs, tuned, LEVEL),
         calibration=tuple(
             row for name, by_seed in folders.items() for row in calibration_rows(name, _held_out(by_seed), level=LEVEL)
         ),
@@ -117,6 +117,15 @@ def read_runs(by_seed: Mapping[str, Path]) -> Runs:
         if found:
             runs[seed] = found
     return runs
+
+
+def _of_config(config: ExperimentConfig, runs: Runs) -> Runs:
+    """Without benchmarks that the config no longer has, whose folders may be those of other models."""
+    wanted = config.evaluate.benchmarks
+    kept = {
+        seed: {name: verdicts for name, verdicts in by_name.items() if name in wanted} for seed, by_name in runs.items()
+    }
+    return {seed: by_name for seed, by_name in kept.items() if by_name}
 
 
 def _method_row(config: ExperimentConfig, name: str, by_seed: Mapping[str, Path], tuned: dict[str, Any]) -> MethodRow:

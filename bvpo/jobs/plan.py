@@ -88,7 +88,10 @@ def check_run(config: ExperimentConfig) -> None:
         ("seeds", seeds_of(config), "the comparison"),
         ("final_seeds", (*seeds_of(config), *tune.seeds), "the comparison or of run.tune.seeds"),
     ):
-        if overlap := set(others) & set(getattr(tune, name)):
+        seeds = getattr(tune, name)
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"run.tune.{name}: got {show(list(seeds))}, expected each seed once")
+        if overlap := set(others) & set(seeds):
             raise UserError(f"run.tune.{name}: {min(overlap)} is also a seed of {what}; tuning needs seeds of its own")
     for name, table in methods.items():
         method_config(config, name, table)
@@ -119,7 +122,8 @@ def method_job(
     config: ExperimentConfig, name: str, seed: int, data: Job, tuned: Mapping[str, Any], folder: str | None = None
 ) -> Job:
     """Training and evaluation of one method on one seed's pairs."""
-    own = method_config(config, name, config.run.methods[name], tuned)
+    source = _grid(config, name) if folder else "run.tune.file"  # a cell of the grid has a folder of its own
+    own = method_config(config, name, config.run.methods[name], tuned, source)
     own = _alone(own, root=str(home(config) / f"seed-{seed}"), name=folder or name, seed=seed)
     verbs = tuple(verb for verb in stages_of(config) if verb in METHOD)
     if own.evaluate.model:  # something that is there already
@@ -133,21 +137,26 @@ def method_job(
 
 
 def method_config(
-    config: ExperimentConfig, name: str, table: Any, tuned: Mapping[str, Any] | None = None
+    config: ExperimentConfig,
+    name: str,
+    table: Any,
+    tuned: Mapping[str, Any] | None = None,
+    source: str = "run.tune.file",
 ) -> ExperimentConfig:
-    """The experiment's config with a method's settings over it, checked like a file."""
+    """The experiment's config with a method's settings over it, and over these the tuned ones, which were written in
+    ``source``; checked like a file."""
     where = f"run.methods.{name}"
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise UserError(f"run.methods: {name!r} is no name of a method; use letters, digits, '-', '_' and '.'")
-    return with_settings(config, where, table, nested(tuned or {}))
+    own = with_settings(config, where, table)
+    return with_settings(own, f"{source}, for {name}", nested(tuned)) if tuned else own
 
 
-def with_settings(config: ExperimentConfig, where: str, *tables: Any) -> ExperimentConfig:
-    """Partial configs over a config, later ones winning; an error says ``where`` they were written."""
+def with_settings(config: ExperimentConfig, where: str, table: Any) -> ExperimentConfig:
+    """A partial config over a config; an error says ``where`` it was written."""
     layers = [Layer(values=to_dict(config), source=where, lines={})]
     try:
-        for table in tables:
-            layers.append(Layer(values=checked_table(ExperimentConfig, table), source=where, lines={}))
+        layers.append(Layer(values=checked_table(ExperimentConfig, table), source=where, lines={}))
         merged = build(ExperimentConfig, layers)
         validate(merged)
     except FieldError as error:
@@ -173,9 +182,14 @@ def grid_cells(config: ExperimentConfig, method: str) -> list[dict[str, Any]]:
     grid: Mapping[str, Any] = tune.grids.get(method, tune.grid)
     for key, values in grid.items():
         if not isinstance(values, list | tuple) or not values:
-            raise UserError(f"run.tune: {key!r}: got {show(values)}, expected a list of values")
+            raise UserError(f"{_grid(config, method)}: {key!r}: got {show(values)}, expected a list of values")
     cells = (zip(grid, values, strict=True) for values in itertools.product(*grid.values()))
     return [{name: value for key, value in cell for name in key.split("+")} for cell in cells]
+
+
+def _grid(config: ExperimentConfig, method: str) -> str:
+    """Where the method's grid is written."""
+    return f"run.tune.grids.{method}" if method in config.run.tune.grids else "run.tune.grid"
 
 
 def _alone(config: ExperimentConfig, **changes: Any) -> ExperimentConfig:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from bvpo.config import ExperimentConfig
+from bvpo.jobs.declaring import metric_named
 from bvpo.jobs.plan import Job, check_run, data_job, grid_cells, home, method_job, plan, with_settings
 from bvpo.overlay import read_tables
-from bvpo.strict import UserError, show
+from bvpo.strict import UserError
 from bvpo.tomltext import toml_value
 
 TUNING = "tuning"
@@ -70,8 +71,7 @@ def _require(config: ExperimentConfig) -> None:
     if not config.run.methods:
         raise UserError("run.methods: not set, but --tune tunes methods")
     for text in tune.objective:
-        if text.count("/") != 2:
-            raise UserError(f"run.tune.objective: got {show(text)}, expected benchmark/mode/metric")
+        metric_named(config, text, "run.tune.objective")
 
 
 def objective(folder: Path, names: Sequence[str]) -> float:
@@ -169,6 +169,8 @@ def read_tuned(config: ExperimentConfig) -> dict[str, dict[str, Any]]:
     path = config.run.tune.file
     if not path:
         return {}
+    if not Path(path).is_file():
+        raise UserError(f"run.tune.file: {path} is not there; `bvpo run CONFIG --tune` writes it")
     tables = read_tables(path)
     if tables and not set(tables) & set(config.run.methods):
         raise UserError(f"{path}: none of its methods ({', '.join(tables)}) is in run.methods")

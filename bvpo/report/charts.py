@@ -137,6 +137,7 @@ def _figure(height: float, salt: str) -> Iterator[tuple[Any, Any, _Done]]:
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",  # text stays text: readable by people who search or listen
         "svg.hashsalt": salt,
+        "text.parse_math": False,  # names are text, also with a $ in them
         "font.family": "sans-serif",
         "font.size": 10,
         "axes.spines.top": False,

@@ -169,7 +169,25 @@ def page_values(told: Told, *, command: str, versions: Mapping[str, Mapping[str,
         ("B", told.b),
         *((f"{' and '.join(sides)} made with", text) for text, sides in made.items()),
     ]
-    return {"told": told, "facts": facts, "charts": list(charts(told)), "command": command, "caution": caution(told)}
+    return {
+        "told": told,
+        "facts": facts,
+        "differences": page_table(told),
+        "charts": list(charts(told)),
+        "command": command,
+        "caution": caution(told),
+    }
+
+
+def page_table(told: Told) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Header and rows for a screen of any width: the words in one column that can wrap, the difference right behind it,
+    and the two means last."""
+
+    def order(cells: tuple[str, ...]) -> tuple[str, ...]:
+        words, (a, b, *rest) = cells[: told.left], cells[told.left :]
+        return ", ".join(words), *rest, a, b
+
+    return order(told.header), tuple(map(order, told.rows))
 
 
 def caution(told: Told) -> str:

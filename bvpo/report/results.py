@@ -116,8 +116,8 @@ def declared(results: Results) -> tuple[list[str], list[list[str]]]:
     for row in results.declared:
         what = f"{row.better} above {row.than}: {label((row.benchmark, row.mode, row.metric))}"
         late = "" if row.beforehand else " (declared late)"
-        rows.append([what, interval(row.result, sign=True), str(row.result.num_seeds), row.outcome + late])
-    return ["declared", "difference", "seeds", "outcome"], rows
+        rows.append([what, interval(row.result, sign=True), row.outcome + late, str(row.result.num_seeds)])
+    return ["declared", "difference", "outcome", "seeds"], rows
 
 
 def budgets(results: Results) -> tuple[list[str], list[list[str]]]:

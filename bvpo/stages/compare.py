@@ -28,6 +28,7 @@ from bvpo.core.evaluation import (
     prompt_means,
     prompt_values,
 )
+from bvpo.core.results import Runs
 from bvpo.jobs.gather import read_runs
 from bvpo.look import LookParser, experiment_folder
 from bvpo.records import Prompt
@@ -146,7 +147,7 @@ def read_side(folder: Path) -> Side:
     for place in (folder, folder / "eval"):
         data = _read(place / RESULTS)
         if data.get("kind") == "evaluation":
-            return Evaluation(folder=place, benchmarks=data["benchmarks"])
+            return _evaluation_in(place, data)
         if "methods" in data and any(folder.glob("seed-*")):
             return _comparison(folder, data)
     if any(folder.glob("seed-*/*/eval")):
@@ -159,8 +160,27 @@ def _read(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
+_FACTS = ("metrics", "scorers", "sampling", "format", "without_answer", "versions")
+
+
+def _evaluation_in(folder: Path, data: Mapping[str, Any]) -> Evaluation:
+    path = folder / RESULTS
+    _require_fields(path, "", data, "benchmarks")
+    for name, modes in data["benchmarks"].items():
+        for mode in MODES:
+            if mode in modes:
+                _require_fields(path, f"{name} {MODE_TITLES[mode]}: ", modes[mode], *_FACTS)
+    return Evaluation(folder=folder, benchmarks=data["benchmarks"])
+
+
+def _require_fields(path: Path, where: str, table: Mapping[str, Any], *names: str) -> None:
+    if missing := [name for name in names if name not in table]:
+        raise UserError(f"{path}: {where}no field {missing[0]!r}; the verb that made this file writes it anew")
+
+
 def _comparison(folder: Path, data: Mapping[str, Any]) -> Comparison:
     """By its own folder, wherever that lies now."""
+    _require_fields(folder / RESULTS, "", data, "methods", "seeds", "versions")
     methods: dict[str, dict[str, Path]] = {}
     for name in (row["name"] for row in data["methods"]):
         places = {str(seed): folder / f"seed-{seed}" / name for seed in data["seeds"]}
@@ -234,11 +254,12 @@ def compare_methods(a: Comparison, b: Comparison, wanted: Sequence[str]) -> tupl
                 f"no seed in common, so nothing can be paired: {a.folder} has {pair[0]} on {seeds[0]}, {b.folder} has "
                 f"{pair[1]} on {seeds[1]}"
             )
-        both = [(_evaluation(sides[0][seed]), _evaluation(sides[1][seed])) for seed in shared]
+        by_seed = {seed: (_evaluation(sides[0][seed]), _evaluation(sides[1][seed])) for seed in shared}
+        both = list(by_seed.values())
         _require_prompts(both)
         for note in _pair_notes(*sides, both):
             notes.setdefault(note, []).append(pair[0] if pair[0] == pair[1] else " - ".join(pair))
-        rows += seeds_rows(pair, *(read_runs({seed: side[seed] for seed in shared}) for side in sides))
+        rows += seeds_rows(pair, *(_checked_runs(side, by_seed) for side in sides))
     if not rows:
         raise UserError(f"{a.folder} and {b.folder}: no benchmark, mode and metric in common")
     said = [note if len(about) == len(pairs) else f"{', '.join(about)}: {note}" for note, about in notes.items()]
@@ -246,6 +267,20 @@ def compare_methods(a: Comparison, b: Comparison, wanted: Sequence[str]) -> tupl
 
 
 Both = tuple[Evaluation, Evaluation]  # A's and B's on one seed
+
+
+def _checked_runs(side: Mapping[str, Path], both: Mapping[str, Both]) -> Runs:
+    """A side's verdicts of the benchmarks and modes that both results have: what else lies in its folders, such as a
+    benchmark that the config no longer names, has not been checked and is not compared."""
+    runs: dict[str, dict[str, list[Verdict]]] = {}
+    for seed, found in read_runs({seed: side[seed] for seed in both}).items():
+        a, b = (one.benchmarks for one in both[seed])
+        runs[seed] = {
+            name: [verdict for verdict in verdicts if verdict.mode in a[name] and verdict.mode in b[name]]
+            for name, verdicts in found.items()
+            if name in a and name in b
+        }
+    return runs
 
 
 def _require_prompts(both: Sequence[Both]) -> None:
@@ -297,7 +332,7 @@ _PLACES = ("name", "root", "run")
 
 def _settings(*folders: Path) -> list[dict[str, Any]]:
     """Of each method, what decides its model: where it lies does not, and nothing of training where one is not trained."""
-    found = [tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")) for folder in folders]
+    found = [_config(folder / "config.toml") for folder in folders]
     untrained = any(config.get("evaluate", {}).get("model") for config in found)
     for config in found:
         for name in (*_PLACES, *(_TRAINING if untrained else ())):
@@ -305,6 +340,16 @@ def _settings(*folders: Path) -> list[dict[str, Any]]:
         for section, name in (("data", "quads"), ("train", "reference_cache"), ("evaluate", "folder")):
             config.get(section, {}).pop(name, None)
     return found
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """As it was written; the version that wrote it may have had other fields."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; it says how this method was made") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

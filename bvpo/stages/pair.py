@@ -131,22 +131,14 @@ def find_candidates(
 ) -> dict[tuple[str, View], list[Candidate]]:
     """The samples of every prompt and view, reduced to what pairing looks at."""
     found: defaultdict[tuple[str, View], list[Candidate]] = defaultdict(list)
-    ids = ("token_ids",) if config.pair.traces > 1 else ()  # long, and not needed otherwise
-    for row in samples.columns("key", "prompt_id", "view", "index", "answer", "error", *ids):
+    for row in samples.columns("key", "prompt_id", "view", "index", "answer", "error"):
         if row["prompt_id"] not in prompts:
             continue
         text = None if row["error"] else answer_text(row["answer"])
         value = scores.values.get(row["key"]) if text is not None else None
         report.add_sample(row["view"], _standing(text, value, scores.errors.get(row["key"])))
         content = None if text is None else content_hash(text)[:32]
-        candidate = Candidate(
-            key=row["key"],
-            index=row["index"],
-            content=content,
-            value=value,
-            length=len(text or ""),
-            tokens=content_hash(list(row["token_ids"]))[:32] if ids and value is not None else "",
-        )
+        candidate = Candidate(key=row["key"], index=row["index"], content=content, value=value, length=len(text or ""))
         found[row["prompt_id"], row["view"]].append(candidate)
     return found
 

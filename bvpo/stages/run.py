@@ -19,7 +19,7 @@ from typing import Any
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
 from bvpo.jobs.cost import bounds
-from bvpo.jobs.declaring import declared_of, enter
+from bvpo.jobs.declaring import Tuned, declared_of, enter
 from bvpo.jobs.plan import Job, home, plan, stages_of
 from bvpo.jobs.pool import Event, has_gpu, run_job, run_jobs
 from bvpo.jobs.tuning import at_edges, choose, finalists, plan_tuning, read_tuned, tuned_toml
@@ -46,19 +46,20 @@ def main(argv: Sequence[str]) -> int | None:
 
 def run(config: ExperimentConfig, options: StageOptions, *, tune: bool = False) -> None:
     """The whole run; a failed job raises after the jobs at work have ended."""
+    declared_of(config)  # mistakes in it come before any work
     if tune:
         tune_methods(config, options)
         if options.dry_run:
             return
-    jobs = plan(config, read_tuned(config))
-    declared_of(config)  # mistakes in it come before any work
+    tuned = read_tuned(config)
+    jobs = plan(config, tuned)
     if options.dry_run:
         _say_plan(config, jobs, options)
         if not config.run.methods:
             _rehearse(jobs[0], options)
         return
     folder = home(config)
-    _begin(config, folder)
+    _begin(config, folder, tuned)
     _work(config, jobs, options, "run")
     finish_stage(folder, "run", counts={"jobs": len(jobs)})
     if "evaluate" in stages_of(config):
@@ -94,13 +95,13 @@ def tune_methods(config: ExperimentConfig, options: StageOptions) -> None:
     logger.info("tuned        %s", file)
 
 
-def _begin(config: ExperimentConfig, folder: Path) -> None:
+def _begin(config: ExperimentConfig, folder: Path, tuned: Tuned) -> None:
     """The run's own entry; whether settings may change under finished work is for each stage to say."""
     forget_stage(folder, "run") if folder.is_dir() else None
     begin_stage(folder, "run", config={"run": to_dict(config.run), "seed": config.seed})
     if config.run.methods:
         write_atomically(folder / "config.toml", dump_toml(config))
-        enter(config, folder)
+        enter(config, folder, tuned)
 
 
 def _work(config: ExperimentConfig, jobs: Sequence[Job], options: StageOptions, title: str) -> None:

@@ -20,8 +20,9 @@ from typing import Any, Literal, Protocol
 from bvpo.config import DataConfig
 from bvpo.core.formats import ReasoningFormat, resolve_format
 from bvpo.core.keys import hash_int
+from bvpo.core.scores import answer_text
 from bvpo.records import VIEWS, Quad, View
-from bvpo.strict import UserError, from_dict, show, to_json
+from bvpo.strict import UserError, from_dict, show, to_dict, to_json
 from bvpo.training.preferences import JoinedSets, prompt_key
 from bvpo.training.rows import DatasetRows, ListRows, Rows, is_dataset, load_rows
 from bvpo.training.tokenizing import TokenSettings, prepare_tokens
@@ -218,17 +219,21 @@ def _rows(value: Any, name: str) -> Rows:
 
 def _quad_rows(rows: Rows, name: str) -> QuadSource:
     def read() -> Iterator[Quad]:
+        leader: Quad | None = None
         for i in range(len(rows)):
             where = rows.where(i)
-            yield checked_quad(from_dict(Quad, rows[i], where), where)
+            quad = checked_quad(from_dict(Quad, rows[i], where), where)
+            leader = _group_leader(quad, leader, where)
+            yield quad
 
     return QuadSource(name=name, fingerprint=rows.fingerprint, read=read)
 
 
 def _quad_list(quads: Sequence[Quad], name: str) -> QuadSource:
     digest = hashlib.blake2b(digest_size=16)
+    leader: Quad | None = None
     for i, quad in enumerate(quads):
-        checked_quad(quad, f"{name}[{i}]")
+        leader = _group_leader(checked_quad(quad, f"{name}[{i}]"), leader, f"{name}[{i}]")
         digest.update(to_json(quad).encode() + b"\n")
     return QuadSource(name=name, fingerprint=digest.hexdigest(), read=lambda: quads)
 
@@ -253,3 +258,33 @@ def checked_quad(quad: Quad, where: str) -> Quad:
             f"{where}: field 'group': got {show(quad.group)}, whose members have a trace pair and nothing else"
         )
     return quad
+
+
+def _group_leader(quad: Quad, leader: Quad | None, where: str) -> Quad:
+    """The first quad of ``quad``'s group; ``leader`` is that of the quad before.
+
+    A member follows its group and has the leader's messages, else a split by prompt tears the group apart; its traces are
+    of the leader's two answers, equal up to outer whitespace as in pairing.
+    """
+    if quad.leads:
+        return quad
+    if leader is None or quad.group != leader.group:
+        before = show(None if leader is None else leader.group)
+        raise UserError(
+            f"{where}: field 'group': got {show(quad.group)}, expected {before} as in the quad before it: the quads of a"
+            " group follow one another"
+        )
+    first = f"of quad {leader.id!r}, the first of its group"
+    if quad.messages != leader.messages:
+        got = show(to_dict(quad)["messages"])
+        raise UserError(f"{where}: field 'messages': got {got}, expected the messages {first}")
+    if quad.trace is None or leader.trace is None:
+        raise UserError(f"{where}: field 'group': got {show(quad.group)}, whose first quad has no trace pair")
+    for side, own, other in (
+        ("chosen", quad.trace.chosen, leader.trace.chosen),
+        ("rejected", quad.trace.rejected, leader.trace.rejected),
+    ):
+        if answer_text(own.answer) != answer_text(other.answer):
+            got, expected = show(own.answer), show(other.answer)
+            raise UserError(f"{where}: field 'trace.{side}.answer': got {got}, expected {expected}, the answer {first}")
+    return leader

@@ -397,7 +397,7 @@ def _tokenize_into(folder: Path, quads: Iterable[Quad], rules: _Rules) -> dict[s
     sizes: list[int] = []  # rows of each group that are left
     writer = TokenWriter(folder)
     with (folder / "drops.jsonl").open("w", encoding="utf-8") as listing:
-        for quad in _in_groups(quads):
+        for quad in quads:
             if not (quad.leads or rules.settings.keep_groups):
                 num_left_out += 1
                 continue
@@ -424,16 +424,3 @@ def _tokenize_into(folder: Path, quads: Iterable[Quad], rules: _Rules) -> dict[s
     if num_left_out:
         summary["num_left_out"] = num_left_out
     return summary
-
-
-def _in_groups(quads: Iterable[Quad]) -> Iterator[Quad]:
-    """The same quads, if the members of each group follow one another."""
-    current = None
-    for quad in quads:
-        if not quad.leads and quad.group != current:
-            raise UserError(
-                f"quad {quad.id!r}: field 'group': got {quad.group!r}, expected {current!r} as in the quad before it: the"
-                " quads of a group follow one another"
-            )
-        current = quad.group
-        yield quad

@@ -20,6 +20,8 @@ from training_fixtures import (
 )
 
 from bvpo.core.losses import LOSSES, PairLogps, pair_loss
+from bvpo.core.pairing import Candidate, Choice
+from bvpo.core.pairing import with_traces as pair_with_traces
 from bvpo.core.traces import TraceGroups, marginal_pairs
 from bvpo.strict import UserError
 from bvpo.training import looks
@@ -27,6 +29,7 @@ from bvpo.training.layout import LAYOUTS
 from bvpo.training.objective import Weights, describe
 from bvpo.training.sketching import BUCKETS, CountSketch
 from bvpo.training.steps import StepDataset
+from bvpo.training.tokens import TokenQuad
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -171,6 +174,61 @@ def test_statistics_count_quads_and_average_their_traces(tmp_path):
     joint = moved(tmp_path / "rows", [q for q in QUADS if q.branches[0] is not None], None, "joint")
     step_gradients(joint)
     assert metrics["trace/rewards/chosen"] != pytest.approx(describe(joint._statistics)["trace/rewards/chosen"])
+
+
+# --- repeated draws ---------------------------------------------------------------------------------------------------
+
+
+def test_draws_with_their_repeats_tend_to_the_marginal_ratio():
+    """From sampled traces through pairing to the estimate: E[pi / ref] is over draws from ref(r | x, y), so a trace that was
+    drawn twice counts twice. Mutations: equal traces paired once, or counted once in the mean; a group cut to one trace."""
+    share, ratio = np.array([0.7, 0.2, 0.1]), np.array([1.5, 0.2, 0.1])
+    truth = math.log(share @ ratio)
+    log_ratio, rng = torch.tensor(ratio).log(), np.random.default_rng(0)
+
+    def estimate(groups):
+        """The mean of the groups' estimates for the chosen side, which the rejected one leaves at the reference."""
+        rows = torch.tensor([trace for group in groups for trace in group])
+        zero = torch.zeros(len(rows), dtype=log_ratio.dtype)
+        logps = PairLogps(
+            chosen=log_ratio[rows], rejected=zero, ref_chosen=zero, ref_rejected=zero,
+            chosen_lengths=zero + 1, rejected_lengths=zero + 1,
+        )  # fmt: skip
+        names = [name for name, group in enumerate(groups) for _ in group]
+        return marginal_pairs(logps, TraceGroups.of(names)).chosen.mean().item()
+
+    errors, without_repeats = [], []
+    for num in (2, 8, 64):
+        groups = []
+        for traces in rng.choice(3, size=(300, num), p=share):
+            sides = [
+                [Candidate(key=f"{side}{i}", index=i, content=side, value=value) for i in range(num)]
+                for side, value in (("yes", 1.0), ("no", 0.0))
+            ]
+            choice = pair_with_traces(Choice(chosen=sides[0][0], rejected=sides[1][0]), sides[0] + sides[1], num)
+            groups.append([traces[one.chosen.index] for one in (choice, *choice.more)])
+        errors.append(abs(estimate(groups) - truth))
+        without_repeats.append(abs(estimate([sorted(set(group)) for group in groups]) - truth))
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.015
+    assert without_repeats[2] > 0.5 and without_repeats[1] > 10 * errors[1]
+
+
+def test_a_repeated_trace_counts_twice_in_training(tmp_path):
+    """From the reference cache, where both have one key, to the loss. Mutations: rows of a group told apart by their tokens;
+    a reference value for the first of equal rows alone."""
+    quads = [
+        TokenQuad(id=name, prefix_ids=quad.prefix_ids, branches=(*quad.branches[:2], None, None))
+        for name, quad in (("q", QUADS[0]), ("q+2", QUADS[0]), ("q+3", QUADS[1]))
+    ]
+    trainer = moved(tmp_path, quads, [3], alpha=1.0)
+    loss, _ = step_gradients(trainer)
+    with torch.no_grad():
+        reference = padded_sums(use_exact_norms(tiny_causal_lm("qwen2", seed=2)), quads)
+        gaps = (padded_sums(trainer.model, quads) - reference).sum(-1)[:, :2].exp()
+    sides = ((2 * gaps[0] + gaps[2]) / 3).log()
+    assert abs(loss + torch.nn.functional.logsigmoid(0.3 * (sides[0] - sides[1]))).item() <= TIGHT
+    once = (gaps[0] + gaps[2]).log()
+    assert abs(loss + torch.nn.functional.logsigmoid(0.3 * (once[0] - once[1]))).item() > 1e-6
 
 
 # --- batching --------------------------------------------------------------------------------------------------------

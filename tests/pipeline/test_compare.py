@@ -156,6 +156,61 @@ def test_what_differs_is_said(sides: tuple[Path, Path], say: Callable[..., str])
     assert notes == ['evaluate.model: "base" -> "" (B -> A)']
 
 
+def forget(path: Path, *keys: str) -> None:
+    """Takes one field out of a JSON file."""
+    data = json.loads(path.read_text())
+    inner = data
+    for key in keys[:-1]:
+        inner = inner[key]
+    del inner[keys[-1]]
+    path.write_text(json.dumps(data))
+
+
+def test_what_no_result_is_about_is_not_compared(sides: tuple[Path, Path], say: Callable[..., str]) -> None:
+    """A benchmark and a mode that B's results no longer have; their files are still there, with other prompts. Mutation:
+    verdicts taken from folders whose prompts and scorers nobody compared."""
+    for seed in (2, 3):
+        forget(sides[1] / f"seed-{seed}" / "dpo" / "eval" / "results.json", "benchmarks", BENCHMARK)
+        forget(sides[1] / f"seed-{seed}" / "mix" / "eval" / "results.json", "benchmarks", BENCHMARK, "nothinking")
+        path = sides[1] / f"seed-{seed}" / "dpo" / "eval" / BENCHMARK / "prompts.jsonl"
+        path.write_text(path.read_text().replace("Say ", "Tell "))
+    found = json.loads(say(*sides, "--json"))
+    assert {(row["method_a"], row["mode"]) for row in found["comparisons"]} == {
+        ("base", "thinking"), ("base", "nothinking"), ("mix", "thinking"),
+    }  # fmt: skip
+    assert f"dpo: benchmarks in A only, left out: {BENCHMARK}" in found["notes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "said"),
+    [
+        ("seed-2/dpo/eval/results.json", ("benchmarks",), "no field 'benchmarks'; the verb that made"),
+        (
+            "seed-2/dpo/eval/results.json",
+            ("benchmarks", BENCHMARK, "thinking", "scorers"),
+            "chat<b> Thinking: no field 'scorers'",
+        ),
+        ("results.json", ("seeds",), "no field 'seeds'"),
+        ("seed-2/dpo/config.toml", (), "No such file or directory; it says how this method was made"),
+        ("seed-2/dpo/config.toml", ("=",), "not valid TOML"),
+        ("seed-2/dpo/eval/results.json", ("",), "not valid JSON"),
+    ],
+)
+def test_damaged_files_are_named(
+    sides: tuple[Path, Path], name: str, keys: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mutation: an exception of Python's own for a file that is missing, or has lost a field."""
+    path = sides[1] / name
+    if not keys:
+        path.unlink()
+    elif len(keys[0]) < 2:
+        path.write_text(keys[0])
+    else:
+        forget(path, *keys)
+    assert main(["compare", *map(str, sides)]) == 2
+    assert re.search(f"bvpo: error: {re.escape(str(path))}: .*{said}", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("change", "words", "said"),
     [
@@ -237,7 +292,8 @@ def test_the_page_of_two_evaluations(made: tuple[Path, Path], tmp_path: Path, sa
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium to look at the page with")
 def test_the_page_in_a_browser(made: tuple[Path, Path], tmp_path: Path, say: Callable[..., str]) -> None:
-    """Mutations: a table wider than a phone without its scrolling box; a request to anywhere; an error in the console."""
+    """Mutations: a table wider than a phone without its scrolling box; a request to anywhere; an error in the console;
+    the difference where a reader has to scroll to it."""
     page = tmp_path / "page.html"
     say(*made, "--html", page)
     with browser.chromium(tmp_path / "profile") as tab:
@@ -246,4 +302,6 @@ def test_the_page_in_a_browser(made: tuple[Path, Path], tmp_path: Path, say: Cal
             assert tab.problems == [] and tab.requests == [page.resolve().as_uri()]
             assert tab.too_wide() == []
             assert tab.ask("document.documentElement.scrollWidth") <= size[0]
+            assert tab.ask("document.querySelector('th:nth-child(2)').textContent") == "A - B"
+            assert tab.ask("document.querySelector('td:nth-child(2)').getBoundingClientRect().right") < size[0] / 1.5
         assert tab.pdf().startswith(b"%PDF")

@@ -265,15 +265,16 @@ def test_dry_run_and_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def repeated_answers(root: Path) -> Path:
-    """p0: three traces of the best answer and two of the worst; p1: none is repeated but by a copy of its tokens."""
+    """p0: three traces of the best answer and two of the worst; p1: two of each, the same tokens both times; p2: one."""
     samples = []
-    for prompt, answers in (("p0", "bawbwcb"), ("p1", "bwbc")):
+    for prompt, answers in (("p0", "bawbwcb"), ("p1", "bwbcw"), ("p2", "bwc")):
         for index, answer in enumerate(answers):
-            sample = make_sample(prompt, "trace", index, f"{answer}!", trace=f"t{index}")
-            ids = sample.token_ids if prompt == "p1" else (20 + index, *sample.token_ids)
+            trace = answer if prompt == "p1" else f"t{index}"
+            sample = make_sample(prompt, "trace", index, f"{answer}!", trace=trace)
+            ids = (20 + ord(trace[-1]), *sample.token_ids)
             samples.append(replace(sample, token_ids=ids))
             samples.append(make_sample(prompt, "empty", index, f"E{index}"))
-    folder = make_experiment(root, make_prompts(2), samples)
+    folder = make_experiment(root, make_prompts(3), samples)
     value = {"b": 2.0, "a": 1.0, "c": 1.0, "w": 0.0}
     of = {s.key: value[s.answer[0]] if s.view == "trace" else float(s.index) for s in samples if s.answer}
     write_scores(folder, (scored(sample, of[sample.key]) for sample in samples))
@@ -281,7 +282,8 @@ def repeated_answers(root: Path) -> Path:
 
 
 def test_more_traces_of_a_pair_are_members_of_its_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Mutations: members with the empty pair; members exported or counted as quads; the report silent about them."""
+    """Mutations: members with the empty pair; members exported or counted as quads; the report silent about them; a repeat
+    of the same tokens left out, which is a draw like any other."""
     folder = repeated_answers(tmp_path)
     assert pair(write_config(tmp_path, "")) == 0
     plain, report = (folder / "quads.jsonl").read_text(), report_of(folder)
@@ -290,17 +292,19 @@ def test_more_traces_of_a_pair_are_members_of_its_group(tmp_path: Path, capsys: 
     assert pair(write_config(tmp_path, "[pair]\ntraces = 3\n")) == 0
     quads = quads_of(folder)
     assert [(q.id, q.group, q.empty is not None) for q in quads] == [
-        ("p0", "p0", True), ("p0+2", "p0", False), ("p1", None, True),
+        ("p0", "p0", True), ("p0+2", "p0", False), ("p1", "p1", True), ("p1+2", "p1", False), ("p2", None, True),
     ]  # fmt: skip
     indices = [[r.trace for r in (q.trace.chosen, q.trace.rejected)] for q in quads if q.trace]
-    assert indices == [["t0", "t2"], ["t3", "t4"], ["t0", "t1"]]
+    assert indices == [["t0", "t2"], ["t3", "t4"], ["b", "w"], ["b", "w"], ["t0", "t1"]]
+    tokens = [[r.token_ids for r in (q.trace.chosen, q.trace.rejected)] for q in quads if q.trace]
+    assert tokens[2] == tokens[3] and tokens[0] != tokens[1]
     assert [replace(q, group=None) for q in quads if q.leads] == [
         from_dict(Quad, json.loads(x)) for x in plain.splitlines()
     ]
     assert (folder / "preferences" / "trace.jsonl").read_text() == rows
-    assert report_of(folder) == {**report, "traces": {"1": 1, "2": 1}}
-    assert "trace pairs by traces per answer: 1 with 1, 1 with 2" in capsys.readouterr().err
-    assert cli.main(["status", str(folder)]) == 0 and "2 quads" in capsys.readouterr().out
+    assert report_of(folder) == {**report, "traces": {"1": 1, "2": 2}}
+    assert "trace pairs by traces per answer: 1 with 1, 2 with 2" in capsys.readouterr().err
+    assert cli.main(["status", str(folder)]) == 0 and "3 quads" in capsys.readouterr().out
     assert pair(write_config(tmp_path, "[pair]\ntraces = 0\n")) == 2
 
 

@@ -150,7 +150,7 @@ def test_what_was_declared_is_told_with_whether_it_was_in_time(home: Path, finis
     ]
     assert row["beforehand"] is True
     assert row["result"] == same["result"], "one declared comparison keeps the level of all"
-    assert "What was declared beforehand" in (finished / "report.html").read_text()
+    assert "Declared comparisons" in (finished / "report.html").read_text()
     late = CONFIG.replace('than = "dpo"', 'than = "base"').replace(
         "[run.methods.base",
         '[run.declared.also]\nbetter = "mix"\nthan = "dpo"\non = "talk/thinking/length"\n[run.methods.base',
@@ -165,6 +165,17 @@ def test_what_was_declared_is_told_with_whether_it_was_in_time(home: Path, finis
     assert bvpo(copy, "run", "cmp.toml").returncode == 0
     (row,) = results(copy / "experiments" / "cmp")["declared"]
     assert row["beforehand"] is False, "it was changed in between"
+
+
+def test_benchmarks_of_before_are_not_reported(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: a folder that an earlier config evaluated into, with other models' verdicts, among the results."""
+    copy = shutil.copytree(finished.parents[1], tmp_path / "copy")
+    monkeypatch.chdir(copy)
+    place = copy / "experiments" / "cmp" / "seed-1" / "dpo" / "eval"
+    shutil.copytree(place / "talk", place / "old")
+    before = results(copy / "experiments" / "cmp")
+    assert main(["report", "experiments/cmp"]) == 0
+    assert results(copy / "experiments" / "cmp") == before
 
 
 def test_budgets_and_drops_are_counted(finished: Path) -> None:

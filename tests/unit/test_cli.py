@@ -195,3 +195,14 @@ def test_stage_help_shows_every_setting(capsys: pytest.CaptureFixture[str]) -> N
 def test_stage_help_fits_its_width() -> None:
     """Mutation: docs not wrapped."""
     assert max(len(line) for line in help_page("train", width=80).splitlines() if line.startswith("      ")) <= 80
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [("run", "--tune"), ("evaluate", "--rescore"), ("sample", "--retry-failed"), ("score", "--retry-failed")],
+)
+def test_help_names_the_verbs_own_option(verb: str, option: str) -> None:
+    """Mutation: an option that a stage takes and its help does not list."""
+    listed = {name: help_page(name).partition("options:")[2].partition("Settings,")[0] for name in (verb, "pair")}
+    assert f"  {option} " in listed[verb]
+    assert option not in listed["pair"]

@@ -29,6 +29,7 @@ sources = ["p.jsonl"]
 beta = 0.3
 [evaluate.benchmarks.chat]
 source = "split:test"
+metric = "reward"
 [run]
 seeds = [1, 2]
 {run}
@@ -155,23 +156,35 @@ def test_the_best_cell_is_written_and_read_again(tmp_path: Path) -> None:
 
 
 def test_the_best_cells_run_again_on_further_seeds(tmp_path: Path) -> None:
-    """Mutation: the final seeds alone decide, a cell that did not run on them wins, or all cells run on them."""
-    own = config(tmp_path, METHODS + TUNE.replace("seeds = [8, 9]", "seeds = [8, 9]\nfinal_seeds = [7]\nfinalists = 2"))
-    cells = cells_of(tmp_path, (1.0, 2.0), (3.0, 1.0), (2.0, 2.0), (0.0, 0.0))
+    """Mutation: the first or the final seeds alone decide, a cell that did not run on all wins, or all cells run on them."""
+    further = "seeds = [8, 9]\nfinal_seeds = [7]\nfinalists = 3"
+    own = config(tmp_path, METHODS + TUNE.replace("seeds = [8, 9]", further))
+    cells = cells_of(tmp_path, (0.0, 0.0), (4.0, 4.0), (3.0, 3.0), (1.0, 1.0))
     last = finalists(cells, own.run.tune.objective, own.run.tune.finalists)
-    assert [cell.number for cell in last] == [1, 2]
+    assert [cell.number for cell in last] == [1, 2, 3]
     jobs, finals = plan_tuning(own, last)
-    assert [job.name for job in jobs] == ["seed-7/data", "seed-7/dpo.1", "seed-7/dpo.2"]
-    assert [len(cell.folders) for cell in finals] == [3, 3]
-    for folder, value in zip((finals[0].folders[-1], finals[1].folders[-1]), (1.0, 1.9), strict=True):
-        evaluated(folder, value)
+    assert [job.name for job in jobs] == ["seed-7/data", "seed-7/dpo.1", "seed-7/dpo.2", "seed-7/dpo.3"]
+    assert [len(cell.folders) for cell in finals] == [3, 3, 3]
+    for cell, value in zip(finals, (0.0, 3.0, 5.0), strict=True):
+        evaluated(cell.folders[-1], value)
     best, log = choose(cells, own.run.tune.objective, finals)
-    assert best == {"dpo": cells[2].settings}
-    assert [row["scores"] for row in log] == [[1.0, 2.0], [3.0, 1.0, 1.0], [2.0, 2.0, 1.9], [0.0, 0.0]]
-    assert [row["final"] for row in log] == [False, True, True, False]
-    assert "8, 9, and 7 for the best 2" in tuned_toml(own, best)
-    with pytest.raises(UserError, match=r"run\.tune\.final_seeds: 9 is also a seed"):
-        plan(config(tmp_path, METHODS + TUNE.replace("seeds = [8, 9]", "seeds = [8, 9]\nfinal_seeds = [9]")))
+    assert best == {"dpo": cells[2].settings}, "9 / 3, against 8 / 3 and 7 / 3"
+    assert [row["mean"] for row in log] == pytest.approx([0.0, 8 / 3, 3.0, 7 / 3])
+    assert [row["scores"] for row in log] == [[0.0, 0.0], [4.0, 4.0, 0.0], [3.0, 3.0, 3.0], [1.0, 1.0, 5.0]]
+    assert [row["final"] for row in log] == [False, True, True, True]
+    assert "8, 9, and 7 for the best 3" in tuned_toml(own, best)
+    for seeds, said in (("[9]", "9 is also a seed"), ("[7, 7]", "expected each seed once")):
+        wrong = METHODS + TUNE.replace("seeds = [8, 9]", f"seeds = [8, 9]\nfinal_seeds = {seeds}")
+        with pytest.raises(UserError, match=f"run.tune.final_seeds: .*{said}"):
+            plan(config(tmp_path, wrong))
+
+
+def test_a_missing_file_of_tuned_values_is_told(tmp_path: Path) -> None:
+    """Mutation: an error that names neither the setting nor the way to make the file."""
+    with pytest.raises(
+        UserError, match=r"run\.tune\.file: .*tuned\.toml is not there; `bvpo run CONFIG --tune` writes it"
+    ):
+        read_tuned(config(tmp_path, METHODS + TUNE))
 
 
 def test_values_of_another_experiment_may_be_read(tmp_path: Path) -> None:
@@ -191,6 +204,20 @@ def test_values_at_an_end_of_the_grid_are_named(tmp_path: Path) -> None:
         "dpo: train.learning_rate = 0.01"
     ]
     assert at_edges(own, {"dpo": {"train.learning_rate": 1e-3, "train.loss.beta": 0.1}}) == []
+
+
+def test_wrong_settings_are_told_where_they_are_written(tmp_path: Path) -> None:
+    """Mutation: a grid or a file of tuned values whose mistakes are said to be in run.methods."""
+    grid = TUNE.replace('"train.learning_rate"', '"train.learningrate"')
+    with pytest.raises(UserError, match=r"^run\.tune\.grid, for dpo: .*'train\.learningrate'"):
+        plan_tuning(config(tmp_path, METHODS + grid))
+    own = grid.replace("[run.tune.grid]", "[run.tune.grids.dpo]") + '[run.tune.grid]\n"train.loss.beta" = [0.1]\n'
+    with pytest.raises(UserError, match=r"^run\.tune\.grids\.dpo, for dpo: .*'train\.learningrate'"):
+        plan_tuning(config(tmp_path, METHODS + own.replace('same = {{ mix = "dpo" }}', "")))
+    with pytest.raises(UserError, match=r"^run\.tune\.file, for mix: field 'train\.loss\.beta': got -1"):
+        plan(config(tmp_path, METHODS + TUNE), {"mix": {"train.loss.beta": -1.0}})
+    with pytest.raises(UserError, match=r"^run\.methods\.dpo: "):
+        plan(config(tmp_path, METHODS.replace("train.alpha.value = 1.0", "train.alpha.value = 2.0")))
 
 
 def test_grid_values_are_lists(tmp_path: Path) -> None:

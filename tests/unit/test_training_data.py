@@ -535,17 +535,60 @@ def test_members_are_tokenised_for_the_estimator_that_takes_them(tmp_path, caplo
     assert not ones.has_groups and "so 'traces' is the same as 'joint'" in caplog.text
 
 
-def test_broken_groups_are_refused(tmp_path):
+def test_broken_groups_are_refused():
     """Guards: a member far from its group, whose traces would be taken for another quad's; a second empty pair."""
-    settings = TokenSettings(max_length=400, keep_groups=True)
-    apart = quads_from([*grouped("a", 2)[:1], *grouped("b", 1), *grouped("a", 2)[1:]], FMT)
-    with pytest.raises(UserError, match=r"quad 'a\+2': field 'group': got 'a', expected None as in the quad before it"):
-        prepare_tokens(apart, TOKENIZER, FMT, settings, tmp_path)
+    apart = [*grouped("a", 2)[:1], *grouped("b", 1), *grouped("a", 2)[1:]]
+    with pytest.raises(
+        UserError, match=r"\[2\]: field 'group': got 'a' \(str\), expected null as in the quad before it"
+    ):
+        quads_from(apart, FMT)
+    with pytest.raises(UserError, match=r"\[0\]: field 'group': got 'a' \(str\), expected null"):
+        quads_from(grouped("a", 2)[1:], FMT)
     first, second = grouped("a", 2)
     with pytest.raises(
         UserError, match=r"field 'group': got 'a' \(str\), whose members have a trace pair and nothing else"
     ):
         quads_from([first, replace(second, empty=first.empty)], FMT)
+
+
+def test_members_of_another_quad_are_refused_with_their_line(tmp_path):
+    """A member of another prompt would go to the other side of a split; of another answer, into the wrong mean.
+
+    Mutations: `_group_leader` without the comparison of messages, of the chosen or of the rejected answers, or with the
+    quad before in place of the group's first; answers compared with their outer whitespace, which pairing does not; a
+    check that only one of the two ways of reading makes."""
+    first, *more = grouped("a", 3)
+    pair = first.trace
+
+    def answers(**sides: str) -> Pair:
+        return replace(pair, **{side: replace(getattr(pair, side), answer=text) for side, text in sides.items()})
+
+    path, data = tmp_path / "quads.jsonl", DataConfig(quads=str(tmp_path / "quads.jsonl"), eval_fraction=0.5)
+    fits = replace(more[1], trace=answers(chosen="\n\nyes", rejected="no "))
+    write_jsonl(path, [first, more[0], fits])
+    assert len(list(quads_from(str(path), FMT))) == len(list(quads_from([first, more[0], fits], FMT))) == 3
+    other = (Message(role="user", content="b"),)
+    cases = [
+        (
+            first,
+            {"messages": other},
+            r"field 'messages': got \[\{'role': 'user', 'content': 'b'\}\] \(list\), expected the me",
+        ),
+        (
+            first,
+            {"trace": answers(chosen="ja")},
+            r"field 'trace.chosen.answer': got 'ja' \(str\), expected 'yes' \(str\)",
+        ),
+        (first, {"trace": answers(rejected="yes")}, r"field 'trace.rejected.answer': got 'yes' .*quad 'a', the first"),
+        (replace(first, trace=None), {}, r"field 'group': got 'a' \(str\), whose first quad has no trace pair"),
+    ]
+    for leader, change, words in cases:
+        quads = [leader, *([more[0]] if change else []), replace(more[1], **change)]
+        write_jsonl(path, quads)
+        with pytest.raises(UserError, match=rf"^{re.escape(str(path))}:{len(quads)}: {words}"):
+            list(load_quads(data, FMT).train)
+        with pytest.raises(UserError, match=rf"^train_dataset\[{len(quads) - 1}\]: {words}"):
+            quads_from(quads, FMT)
 
 
 def test_sources_feed_the_token_store(tmp_path):
