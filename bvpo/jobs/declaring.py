@@ -80,15 +80,16 @@ def metric_named(config: ExperimentConfig, text: str, where: str) -> tuple[str, 
 
 
 def enter(config: ExperimentConfig, folder: Path, tuned: Tuned) -> None:
-    """Writes down what is declared and was not before. What was entered once keeps its entry while it stays the same."""
+    """Writes down what is declared and was not before. An entry may change until something is evaluated, and never after."""
     declared, entered = declared_of(config), _read(folder)
     nothing_seen = not any(True for pattern in _SEEN for _ in folder.glob(pattern))
     entries = dict(entered)
     for one in declared:
-        now = _entry(config, one, tuned)
-        before = entered.get(one.name)
-        if before is None or {key: before.get(key) for key in now} != now:
+        now, before = _entry(config, one, tuned), entered.get(one.name)
+        if before is None or (nothing_seen and not _same(before, now)):
             entries[one.name] = {**now, "beforehand": nothing_seen}
+        elif before["what"] != now["what"]:  # the first entry stays, and this one counts beside it
+            entries.setdefault(f"{one.name}: {now['what']}", {**now, "beforehand": False})
     if entries != entered:
         write_atomically(folder / FILE, json.dumps(entries, indent=1) + "\n")
 
@@ -100,15 +101,15 @@ def rows_of(
     declared, entered = declared_of(config), _read(folder)
 
     def in_time(one: Declared) -> bool:
-        before, now = entered.get(one.name), _entry(config, one, tuned)
-        return before is not None and {key: before.get(key) for key in now} == now and before["beforehand"]
+        before = entered.get(one.name)
+        return before is not None and _same(before, _entry(config, one, tuned)) and before["beforehand"]
 
     return declared_rows(
         declared,
         runs,
         beforehand={one.name: in_time(one) for one in declared},
         num_seeds=len(seeds_of(config)),
-        num_withdrawn=len(entered.keys() - config.run.declared.keys()),
+        num_withdrawn=len({entry["what"] for entry in entered.values()} - {_what(one) for one in declared}),
         level=level,
     )
 
@@ -121,6 +122,10 @@ def _entry(config: ExperimentConfig, one: Declared, tuned: Tuned) -> dict[str, A
         sections = {key: value for key, value in to_dict(own).items() if key not in ("run", "name", "root", "seed")}
         settings[name] = content_hash(sections)[:16]
     return {"what": _what(one), "seeds": list(seeds_of(config)), "settings": settings}
+
+
+def _same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    return {key: before.get(key) for key in now} == now
 
 
 def _what(one: Declared) -> str:

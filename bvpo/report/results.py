@@ -151,6 +151,8 @@ def text_table(results: Results) -> str:
     for header, rows in (headline(results), differences(results), declared(results)):
         if rows:
             parts.append(_aligned([header, *rows]))
+    if results.differences and len(results.seeds) == 1:
+        parts.append("One seed: intervals are over prompts and leave out the chance of training.\n")
     return "\n".join(parts)
 
 
@@ -203,13 +205,24 @@ def _is_trained(results: Results, method: str) -> bool:
 
 
 def caution(results: Results) -> str:
-    """How many comparisons were looked at, and how many would cross the line by chance."""
+    """What to keep in mind: how many comparisons were looked at, and what the intervals leave out."""
     rows = [r for r in results.differences if r.metric not in SHARES and _is_trained(results, r.method)]
     share = 1 - results.level
-    return (
+    said = [
         f"{len(rows)} differences are shown; if none were real, about {len(rows) * share:.1f} of them would still leave out "
         f"zero at {100 * results.level:g} %."
-    )
+    ]
+    if len(results.seeds) == 1:
+        said.append(
+            "There is one seed: the intervals are over its prompts and leave out the chance of training, so another seed "
+            "may reverse what is found here."
+        )
+    if alone := max((r.result.only_a + r.result.only_b for r in rows), default=0):
+        said.append(
+            f"Up to {alone} values have no partner (a response without an answer may have no reward) and are in a method's "
+            "value, but in no difference; so a difference need not be that of the two values."
+        )
+    return " ".join(said)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

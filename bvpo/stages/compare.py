@@ -50,6 +50,8 @@ RESULTS, VERDICTS, PAGE = "results.json", "verdicts.jsonl", "compare.html"
 def main(argv: Sequence[str]) -> int | None:
     words = _parser().parse_args(argv)
     page = None if words.html is None else Path(words.html)
+    if page is not None and page.suffix != ".html":
+        raise UserError(f"--html: {page}: expected a file name that ends in .html (experiments come before --html)")
     if page is not None and (page.is_dir() or not page.parent.is_dir()):
         raise UserError(f"--html: {page}: expected a file in a folder that is there")
     a = read_side(experiment_folder(words.experiment))

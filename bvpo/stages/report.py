@@ -6,6 +6,7 @@ The same folders give the same files. It runs nothing and changes nothing else; 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -57,7 +58,8 @@ def _config(folder: Path) -> ExperimentConfig:
     path = folder / "config.toml"
     if not path.is_file():
         raise UserError(f"{path}: no such file; is {folder} an experiment's folder?")
-    return load_config(path)
+    # The folder that is named is the one that is read, also when it was copied or renamed since.
+    return dataclasses.replace(load_config(path), root=str(folder.parent), name=folder.resolve().name)
 
 
 def _relative(path: Path) -> Any:

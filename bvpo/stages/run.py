@@ -117,7 +117,8 @@ def _work(config: ExperimentConfig, jobs: Sequence[Job], options: StageOptions, 
             view.show(event)
             failures += [event] if event.kind == "fail" else []
     if failures:
-        raise UserError(f"{failures[0].job}: {failures[0].text} (running the same command again resumes)")
+        hint = "" if "other settings" in failures[0].text else " (running the same command again resumes)"
+        raise UserError(f"{failures[0].job}: {failures[0].text}{hint}")
     logger.info("%-12s %s", title, view.summary())
 
 

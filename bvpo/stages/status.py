@@ -19,8 +19,10 @@ from typing import Any
 from bvpo.core.evaluation import MODES
 from bvpo.core.overview import last_scores
 from bvpo.core.scores import NO_ANSWER, score_key, scorer_id
+from bvpo.jobs.progress import MethodProgress, method_progress
 from bvpo.look import LookParser, parse_look
 from bvpo.records import Prompt, Sample, Score
+from bvpo.report.tables import aligned
 from bvpo.store import Manifest, RecordStore, StageEntry, StoreStats, read_manifest
 from bvpo.store.checking import StoreCheck, check_store
 from bvpo.store.live import LiveFile, is_active
@@ -55,6 +57,8 @@ def main(argv: Sequence[str]) -> int | None:
     parser.add_argument("--repair", action="store_true", help="verify, and drop what is damaged, to be made again")
     folder, options = parse_look(parser, argv)
     checks = verify(folder, repair=options.repair) if options.verify or options.repair else []
+    if methods := method_progress(folder):
+        return say_methods(folder, methods, as_json=options.json)
     stages = examine(folder)
     if options.json:
         found: dict[str, Any] = {"experiment": str(folder), "stages": [asdict(stage) for stage in stages]}
@@ -64,6 +68,19 @@ def main(argv: Sequence[str]) -> int | None:
     else:
         sys.stdout.write(table(folder, stages) + check_table(checks))
     return 1 if any(check.problems for check in checks) else None
+
+
+def say_methods(folder: Path, methods: Sequence[MethodProgress], *, as_json: bool) -> None:
+    """A comparison has no stages of its own: how many seeds of each method are done, and where to look further."""
+    if as_json:
+        found = {"experiment": str(folder), "methods": [asdict(one) for one in methods]}
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        return
+    rows = [["method", "seeds", "paired", "trained", "evaluated"]]
+    rows += [[one.name, *map(str, (one.started, one.paired, one.trained, one.evaluated))] for one in methods]
+    sys.stdout.write(f"comparison {folder}\n\n" + "\n".join(aligned(rows, left=1)) + "\n")
+    first = min(folder.glob("seed-*/*/manifest.json")).parent
+    sys.stdout.write(f"\none of them: bvpo status {first}\n")
 
 
 def verify(folder: Path, *, repair: bool) -> list[StoreCheck]:

@@ -19,7 +19,7 @@ from typing import Any
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
 from bvpo.records import VIEWS
-from bvpo.store.disk import write_atomically
+from bvpo.store.disk import make_folder, write_atomically
 from bvpo.store.manifest import begin_stage, finish_stage, forget_stage, read_manifest
 from bvpo.strict import UserError, parse_json, write_jsonl
 
@@ -49,6 +49,7 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
     folder = Path(config.root) / config.name
     output = folder / "train"
     config = _with_data(config, folder, options)
+    make_folder(output)
     args = arguments_from(
         config.train,
         output_dir=str(output),

@@ -164,7 +164,28 @@ def test_what_was_declared_is_told_with_whether_it_was_in_time(home: Path, finis
     assert rows[1]["result"]["level"] == pytest.approx(0.975)
     assert bvpo(copy, "run", "cmp.toml").returncode == 0
     (row,) = results(copy / "experiments" / "cmp")["declared"]
-    assert row["beforehand"] is False, "it was changed in between"
+    assert row["beforehand"] is True and row["result"]["level"] == pytest.approx(0.975), "both count"
+
+
+def test_a_copied_experiment_is_read_where_it_is(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mutation: the folder that config.toml names read in place of the one that the user names; status of a comparison that
+    says nothing was started."""
+    copy = shutil.copytree(finished.parents[1], tmp_path / "copy")
+    monkeypatch.chdir(copy)
+    Path("experiments/cmp").rename("experiments/moved")
+    shutil.rmtree("experiments/moved/seed-2")
+    assert main(["report", "experiments/moved"]) == 0
+    data = results(copy / "experiments" / "moved")
+    assert data["experiment"] == "moved"
+    assert {row["result"]["num_seeds"] for row in data["scores"]} == {1}
+    capsys.readouterr()
+    assert main(["status", "experiments/moved"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["data", "1", "1", "0", "0"] in lines and ["mix", "1", "0", "1", "1"] in lines
+    assert main(["status", "experiments/moved", "--json"]) == 0
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)["methods"]] == ["data", "base", "dpo", "mix"]
 
 
 def test_benchmarks_of_before_are_not_reported(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

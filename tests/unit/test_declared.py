@@ -142,8 +142,9 @@ def test_what_is_entered_after_results_is_late(tmp_path: Path, seen: str) -> Non
     changed = config(tmp_path, ("chat/thinking/reward", "chat/nothinking/reward"))
     assert in_time(changed, folder) == [False]
     enter(changed, folder, {})
-    enter(own, folder, {})
-    assert in_time(own, folder) == [False], "it was changed in between"
+    assert in_time(changed, folder) == [False]
+    (row,) = rows_of(own, folder, {}, {}, 0.95)
+    assert row.beforehand is True and row.result.level == pytest.approx(0.975), "what came between counts"
     (folder / "declared.json").write_text("{")
     with pytest.raises(UserError, match=r"declared\.json"):
         enter(own, folder, {})
@@ -158,6 +159,10 @@ def test_seeds_and_settings_are_part_of_what_is_declared(tmp_path: Path) -> None
     assert in_time(config(tmp_path, ("seeds = [1, 2, 3]", "seeds = [1, 2, 3, 4]")), folder) == [False]
     assert in_time(config(tmp_path, ("train.alpha.value = 0.5", "train.alpha.value = 0.6")), folder) == [False]
     assert in_time(own, folder, {"mix": {"train.loss.beta": 0.7}}) == [False]
+    (folder / "seed-1" / "dpo" / "eval" / "chat" / "scores").mkdir(parents=True)
+    before = (folder / "declared.json").read_text()
+    enter(config(tmp_path, ("train.alpha.value = 0.5", "train.alpha.value = 0.6")), folder, {})
+    assert (folder / "declared.json").read_text() == before, "a run that the stages will refuse spoils nothing"
 
 
 def test_what_was_taken_back_still_counts(tmp_path: Path) -> None:
