@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -63,9 +63,13 @@ class Measures:
         self.closed.append(closed)
 
     def columns(self) -> Columns:
-        return Columns(
+        """In an order of their own: prompts by id, samples of a prompt by what is known of them. A store keeps samples in
+        the order in which they arrived, which a killed run changes; neither sums nor resamples may depend on it."""
+        ranks = np.empty(len(self.prompts), dtype=np.int64)
+        ranks[[self.prompts[name] for name in sorted(self.prompts)]] = np.arange(len(self.prompts))
+        columns = Columns(
             num_prompts=len(self.prompts),
-            prompt=np.array(self.prompt, dtype=np.int64),
+            prompt=ranks[np.array(self.prompt, dtype=np.int64)],
             view=np.array(self.view, dtype=np.int64),
             tokens=np.array(self.tokens, dtype=np.float64),
             logp=np.array(self.logp, dtype=np.float64),
@@ -74,6 +78,9 @@ class Measures:
             cut=np.array(self.cut, dtype=bool),
             closed=np.array(self.closed, dtype=bool),
         )
+        names = ("trace_logp", "trace_tokens", "cut", "closed", "logp", "tokens", "view", "prompt")
+        order = np.lexsort([getattr(columns, name) for name in names])
+        return replace(columns, **{name: getattr(columns, name)[order] for name in names})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

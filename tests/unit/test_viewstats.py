@@ -148,3 +148,17 @@ def test_one_view_alone_and_nothing_at_all() -> None:
     assert alone["trace_share"].first.value == pytest.approx(2 / 3)
     nothing = compared(Measures())
     assert all(one.first.value is None and one.num_samples == 0 for one in nothing.values())
+
+
+def test_the_order_of_the_samples_changes_nothing() -> None:
+    """A killed run stores them in another order. Mutation: sums in the order of arrival, or prompts numbered as they are
+    met, so that the same resample means other prompts."""
+    chance = random.Random(3)
+    rows: list[tuple[str, View, list[float], int | None]] = []
+    for prompt in range(12):
+        for view in ("trace", "trace", "trace", "empty", "empty"):
+            logprobs = [-chance.random() for _ in range(chance.randint(2, 9))]
+            rows.append((f"p{prompt}", view, logprobs, 1 if view == "trace" else None))
+    first = compared(measures(rows))
+    chance.shuffle(rows)
+    assert compared(measures(rows)) == first
