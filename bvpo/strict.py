@@ -31,6 +31,10 @@ class UserError(ValueError):
     """A mistake of the user's, told in one line; the command line prints it without a traceback and exits with 2."""
 
 
+class OtherSettings(UserError):
+    """What was started under other settings is not gone on with: the same command will be refused again."""
+
+
 class FieldError(UserError):
     """A :class:`UserError` about one field; keeps the dotted ``field`` and the ``problem`` so a caller can re-address it."""
 

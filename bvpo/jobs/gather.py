@@ -28,7 +28,7 @@ from bvpo.core.results import (
 )
 from bvpo.jobs.declaring import rows_of
 from bvpo.jobs.plan import DATA_FOLDER, home, seeds_of
-from bvpo.jobs.tuning import read_tuned
+from bvpo.jobs.tuning import kept_tuned
 from bvpo.records import Prompt, Sample
 from bvpo.store import RecordStore, read_manifest
 from bvpo.strict import UserError, read_jsonl
@@ -72,7 +72,7 @@ def gather(config: ExperimentConfig, command: str) -> Results:
     runs = {name: _of_config(config, read_runs(by_seed)) for name, by_seed in folders.items()}
     if not any(runs.values()):
         raise UserError(f"{home(config)}: nothing was evaluated yet; run the experiment first")
-    tuned = read_tuned(config) if config.run.methods else {}
+    tuned = kept_tuned(home(config))
     baseline = baseline_of(config, folders)
     data = _data_folders(config)
     return Results(

@@ -29,7 +29,7 @@ from bvpo.command import StageOptions
 from bvpo.jobs.plan import Job
 from bvpo.jobs.stamps import Stamps
 from bvpo.store.disk import make_folder
-from bvpo.strict import UserError
+from bvpo.strict import OtherSettings, UserError
 from bvpo.verbs import run_stage
 
 LOG = "log.txt"
@@ -38,13 +38,15 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Something happened to a job: ``kind`` is start, done, skip (of a verb), end (of the job) or fail."""
+    """Something happened to a job: ``kind`` is start, done, skip (of a verb), end (of the job) or fail. ``refused``: it
+    failed because the folder holds work under other settings, and would fail again."""
 
     job: str
     kind: str
     verb: str = ""
     text: str = ""
     seconds: float = 0.0
+    refused: bool = False
 
 
 def run_job(job: Job, options: StageOptions, tell: Callable[[Event], None]) -> None:
@@ -215,7 +217,7 @@ def _guarded(job: Job, options: StageOptions, tell: Callable[[Any], None]) -> Ev
         with _messages_to(job.folder / LOG):
             run_job(job, options, tell)
     except UserError as error:
-        return Event(job=job.name, kind="fail", text=str(error))
+        return Event(job=job.name, kind="fail", text=str(error), refused=isinstance(error, OtherSettings))
     except SystemExit as error:
         return Event(job=job.name, kind="fail", text=f"exit {error.code}")
     except Exception as error:

@@ -18,10 +18,11 @@ from bvpo.config import ExperimentConfig
 from bvpo.jobs.declaring import metric_named
 from bvpo.jobs.plan import Job, check_run, data_job, grid_cells, home, method_job, plan, with_settings
 from bvpo.overlay import read_tables
-from bvpo.strict import UserError
+from bvpo.strict import UserError, parse_json
 from bvpo.tomltext import toml_value
 
-TUNING = "tuning"
+TUNING, TUNED = "tuning", "tuned.json"
+"""Folder of the tuning runs, and the file in which an experiment keeps the values that it ran with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,14 +94,10 @@ def finalists(cells: Sequence[Cell], names: Sequence[str], num: int) -> list[Cel
     """The ``num`` best cells of each method, in the order of the grid."""
     chosen = []
     for method in dict.fromkeys(cell.method for cell in cells):
-        ranked = sorted((cell for cell in cells if cell.method == method), key=lambda cell: -_mean(cell, names))
+        own = [cell for cell in cells if cell.method == method]
+        ranked = sorted(own, key=lambda cell: -sum(objective(folder, names) for folder in cell.folders))
         chosen += sorted(ranked[:num], key=lambda cell: cell.number)
     return chosen
-
-
-def _mean(cell: Cell, names: Sequence[str]) -> float:
-    scores = [objective(folder, names) for folder in cell.folders]
-    return sum(scores) / len(scores)
 
 
 def choose(
@@ -113,8 +110,8 @@ def choose(
     best: dict[str, tuple[float, dict[str, Any]]] = {}
     for cell in cells:
         last = further.get((cell.method, cell.number), cell)
-        mean = _mean(last, names)
         scores = [objective(folder, names) for folder in last.folders]
+        mean = sum(scores) / len(scores)
         log.append(
             {"method": cell.method, "settings": cell.settings, "scores": scores, "mean": mean, "final": last in finals}
         )
@@ -162,6 +159,17 @@ def _seeds(config: ExperimentConfig) -> str:
 
 def _key(name: str) -> str:
     return json.dumps(name) if not name.replace("-", "").replace("_", "").isalnum() else name
+
+
+def kept_tuned(folder: Path) -> dict[str, dict[str, Any]]:
+    """The values that the experiment in ``folder`` ran with, whatever became of run.tune.file since."""
+    path = folder / TUNED
+    if not path.is_file():
+        return {}
+    found = parse_json(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
+        raise UserError(f"{path}: got something else than settings by method")
+    return found
 
 
 def read_tuned(config: ExperimentConfig) -> dict[str, dict[str, Any]]:

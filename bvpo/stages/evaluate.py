@@ -39,7 +39,7 @@ from bvpo.store import (
 )
 from bvpo.store.disk import disk_errors, make_folder
 from bvpo.store.sources import fingerprint_file
-from bvpo.strict import UserError, to_dict, to_json, write_jsonl
+from bvpo.strict import OtherSettings, UserError, to_dict, to_json, write_jsonl
 from bvpo.verbs import run_stage
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def require_prompts(benchmark: Benchmark) -> None:
     if path.is_file() and path.read_text(encoding="utf-8") == prompts:
         return
     if read_manifest(benchmark.folder).stage("sample") is not None:
-        raise UserError(
+        raise OtherSettings(
             f"{path}: the benchmark's prompts are others now, and samples of the old ones are there; {_anew(benchmark)}"
         )
     make_folder(benchmark.folder)
@@ -129,12 +129,10 @@ def _anew(benchmark: Benchmark) -> str:
 
 def _drive(verb: str, benchmark: Benchmark, options: StageOptions, way_out: str) -> None:
     """Runs a verb on the benchmark's folder; where it refuses other settings, says what to do about it here."""
-    started = read_manifest(benchmark.folder).stage(verb) is not None
     try:
         run_stage(verb, benchmark.config, options)
-    except UserError as error:
-        refused = started and "was started here with other settings" in str(error)
-        raise UserError(f"{error}; {way_out}" if refused else f"{error}") from error
+    except OtherSettings as error:
+        raise OtherSettings(f"{error}; {way_out}") from error
 
 
 def estimate(benchmark: Benchmark, options: StageOptions) -> None:

@@ -22,10 +22,10 @@ from bvpo.jobs.cost import bounds
 from bvpo.jobs.declaring import Tuned, declared_of, enter
 from bvpo.jobs.plan import Job, home, plan, stages_of
 from bvpo.jobs.pool import Event, has_gpu, run_job, run_jobs
-from bvpo.jobs.tuning import at_edges, choose, finalists, plan_tuning, read_tuned, tuned_toml
+from bvpo.jobs.tuning import TUNED, at_edges, choose, finalists, plan_tuning, read_tuned, tuned_toml
 from bvpo.jobs.view import RunView
 from bvpo.store import begin_stage, finish_stage, forget_stage, write_atomically
-from bvpo.strict import UserError, to_dict
+from bvpo.strict import OtherSettings, UserError, to_dict
 from bvpo.verbs import run_words
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,13 @@ def run(config: ExperimentConfig, options: StageOptions, *, tune: bool = False) 
             _rehearse(jobs[0], options)
         return
     folder = home(config)
-    _begin(config, folder, tuned)
-    _work(config, jobs, options, "run")
+    before = _begin(config, folder, tuned)
+    try:
+        _work(config, jobs, options, "run")
+    except OtherSettings:  # what is there stays described by what it was made with
+        for path, text in before.items():
+            path.unlink(missing_ok=True) if text is None else write_atomically(path, text)
+        raise
     finish_stage(folder, "run", counts={"jobs": len(jobs)})
     if "evaluate" in stages_of(config):
         run_words("report", [str(folder)])
@@ -95,13 +100,19 @@ def tune_methods(config: ExperimentConfig, options: StageOptions) -> None:
     logger.info("tuned        %s", file)
 
 
-def _begin(config: ExperimentConfig, folder: Path, tuned: Tuned) -> None:
-    """The run's own entry; whether settings may change under finished work is for each stage to say."""
+def _begin(config: ExperimentConfig, folder: Path, tuned: Tuned) -> dict[Path, str | None]:
+    """The run's own entry, and the texts of the files that it replaced; whether settings may change under finished work is
+    for each stage to say."""
     forget_stage(folder, "run") if folder.is_dir() else None
     begin_stage(folder, "run", config={"run": to_dict(config.run), "seed": config.seed})
-    if config.run.methods:
-        write_atomically(folder / "config.toml", dump_toml(config))
-        enter(config, folder, tuned)
+    if not config.run.methods:
+        return {}
+    texts = {folder / "config.toml": dump_toml(config), folder / TUNED: json.dumps(tuned, indent=1) + "\n"}
+    before = {path: path.read_text(encoding="utf-8") if path.is_file() else None for path in texts}
+    for path, text in texts.items():
+        write_atomically(path, text)
+    enter(config, folder, tuned)
+    return before
 
 
 def _work(config: ExperimentConfig, jobs: Sequence[Job], options: StageOptions, title: str) -> None:
@@ -117,8 +128,12 @@ def _work(config: ExperimentConfig, jobs: Sequence[Job], options: StageOptions, 
             view.show(event)
             failures += [event] if event.kind == "fail" else []
     if failures:
-        hint = "" if "other settings" in failures[0].text else " (running the same command again resumes)"
-        raise UserError(f"{failures[0].job}: {failures[0].text}{hint}")
+        text = f"{failures[0].job}: {failures[0].text}"
+        raise (
+            OtherSettings(text)
+            if failures[0].refused
+            else UserError(f"{text} (running the same command again resumes)")
+        )
     logger.info("%-12s %s", title, view.summary())
 
 

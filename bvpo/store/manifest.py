@@ -18,7 +18,7 @@ from typing import Any
 
 from bvpo import __version__
 from bvpo.store.disk import folder_lock, make_folder, write_atomically
-from bvpo.strict import UserError, from_dict, parse_json, to_dict
+from bvpo.strict import OtherSettings, UserError, from_dict, parse_json, to_dict
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -81,13 +81,13 @@ def read_manifest(folder: Path) -> Manifest:
 def check_stage(
     folder: Path, stage: str, *, config: Mapping[str, Any], fingerprints: Mapping[str, Any] | None = None
 ) -> StageEntry | None:
-    """The stage's entry if it ran here before; a :class:`UserError` naming each difference if with other settings."""
+    """The stage's entry if it ran here before; :class:`OtherSettings` naming each difference if with others."""
     entry = read_manifest(folder).stage(stage)
     if entry is None:
         return None
     changed = differences(entry.config, config) + differences(entry.fingerprints, fingerprints or {})
     if changed:
-        raise UserError(
+        raise OtherSettings(
             f"{folder}: {stage} was started here with other settings: {_listing(changed)}; "
             f"restore them, or give the experiment another name"
         )

@@ -11,20 +11,18 @@ One pair's way: records.Quad -> tokens.tokenize_quad -> layout.build_tree -> pol
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import logging
 import math
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from bvpo.core.mixing import AlphaSource
@@ -32,8 +30,9 @@ from bvpo.records import View
 from bvpo.strict import UserError
 from bvpo.training import policy, reference
 from bvpo.training.arguments import BVPOConfig
-from bvpo.training.callbacks import IDENTITY_FILE, NOISE_FILE, Bookkeeping, use_concise_progress
+from bvpo.training.callbacks import Bookkeeping, use_concise_progress
 from bvpo.training.gradients import StepRunner
+from bvpo.training.identity import check_checkpoint, decisive_arguments
 from bvpo.training.loading import (
     adapter_settings,
     agree,
@@ -283,10 +282,14 @@ class BVPOTrainer(Trainer):
         """As in transformers. Reference log-probs are computed before the first step, with the untrained weights."""
         if self._train_steps is None:
             raise UserError("train_dataset: got none, expected quads to train on")
-        self.telemetry.restore(self._check_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else {})
+        resume, looks = resume_from_checkpoint, {}
+        if resume:
+            folder = get_last_checkpoint(str(self.args.output_dir)) if resume is True else str(resume)
+            looks = check_checkpoint(folder, self.identity())
+        self.telemetry.restore(looks)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.fill_reference(self.model)  # sharded models wait until they are wrapped: see Bookkeeping
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint=resume, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """One item per optimizer step. Already split over ranks, so accelerate must not shard it."""
@@ -459,62 +462,16 @@ class BVPOTrainer(Trainer):
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the run's numbers: a checkpoint of another identity is not resumed."""
-        args: Any = self.args
-        names = [f.name for f in dataclasses.fields(BVPOConfig) if f.name in _DECIDES]
         data = "" if self._train_steps is None else self._train_steps.tokens.fingerprint
         found: dict[str, Any] = {"layout": self.layout, "train_data": data}
         found["reference_weights"] = self._reference_weights
         if adapter := adapter_settings(self.accelerator.unwrap_model(self.model)):
             found["adapter"] = adapter
-        return {name: getattr(args, name) for name in names} | found | self.telemetry.identity()
-
-    def _check_checkpoint(self, resume: str | bool) -> dict[str, float]:
-        """Refuses a checkpoint of another run; returns what its looks at the gradients had found."""
-        folder = get_last_checkpoint(self.args.output_dir) if resume is True else str(resume)
-        path = Path(folder or "") / IDENTITY_FILE
-        if folder is None or not path.is_file():
-            if folder is not None and Path(folder).is_dir():
-                raise UserError(
-                    f"{folder}: no {IDENTITY_FILE}, so not a finished checkpoint of bvpo; delete it or name another"
-                )
-            return {}  # transformers says what is missing
-        before, now = json.loads(path.read_text()), json.loads(json.dumps(self.identity(), default=str))
-        changed = [
-            f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in sorted(before | now) if before.get(k) != now.get(k)
-        ]
-        if changed:
-            raise UserError(f"{folder}: checkpoint of another run, cannot resume ({'; '.join(changed)})")
-        noise = path.with_name(NOISE_FILE)
-        return json.loads(noise.read_text()) if noise.is_file() else {}
+        return decisive_arguments(cast(BVPOConfig, self.args)) | found | self.telemetry.identity()
 
 
 # Fields of a model's configuration that do not change its log-probs (or, as dtype, have their own part in the key).
 _NO_NUMBERS = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"})
-
-# Fields outside of BVPOConfig's own that change the numbers of a run.
-_DECIDES = frozenset(
-    {f.name for f in dataclasses.fields(BVPOConfig)}
-    - {f.name for f in dataclasses.fields(TrainingArguments)}
-    - {"reference_cache", "layout", "head_chunk", "telemetry_steps", "alpha_every"}
-) | {
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "optim",
-    "optim_args",
-    "lr_scheduler_kwargs",
-    "num_train_epochs",
-    "max_steps",
-    "bf16",
-    "fp16",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "seed",
-    "data_seed",
-}
 
 
 def _require_finite(logs: dict[str, float], *, may_skip_steps: bool) -> None:

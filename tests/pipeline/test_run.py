@@ -167,6 +167,20 @@ def test_what_was_declared_is_told_with_whether_it_was_in_time(home: Path, finis
     assert row["beforehand"] is True and row["result"]["level"] == pytest.approx(0.975), "both count"
 
 
+def test_a_refused_run_changes_nothing(home: Path, finished: Path, tmp_path: Path) -> None:
+    """Mutation: config.toml, the declarations or the tuned values rewritten by a run whose stages refuse its settings, or
+    the advice to run the same command again."""
+    copy = shutil.copytree(home, tmp_path / "copy")
+    own = copy / "experiments" / "cmp"
+    before = {path.name: path.read_bytes() for path in own.iterdir() if path.is_file() and path.name != "manifest.json"}
+    assert {"config.toml", "declared.json", "tuned.json"} <= set(before)
+    refused = bvpo(copy, "run", "cmp.toml", "--train.learning_rate", "5e-4")
+    assert refused.returncode == 2
+    error = next(line for line in refused.stderr.splitlines() if line.startswith("bvpo: error:"))
+    assert "other settings" in error and "resumes" not in error
+    assert before == {name: (own / name).read_bytes() for name in before}
+
+
 def test_a_copied_experiment_is_read_where_it_is(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

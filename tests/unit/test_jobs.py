@@ -13,7 +13,7 @@ from bvpo.config import EvaluateConfig, ExperimentConfig, load_config
 from bvpo.jobs.cost import bounds
 from bvpo.jobs.plan import grid_cells, nested, plan
 from bvpo.jobs.stamps import Stamps
-from bvpo.jobs.tuning import Cell, at_edges, choose, finalists, plan_tuning, read_tuned, tuned_toml
+from bvpo.jobs.tuning import Cell, at_edges, choose, finalists, kept_tuned, plan_tuning, read_tuned, tuned_toml
 from bvpo.store import begin_stage, finish_stage
 from bvpo.strict import UserError
 
@@ -177,6 +177,17 @@ def test_the_best_cells_run_again_on_further_seeds(tmp_path: Path) -> None:
         wrong = METHODS + TUNE.replace("seeds = [8, 9]", f"seeds = [8, 9]\nfinal_seeds = {seeds}")
         with pytest.raises(UserError, match=f"run.tune.final_seeds: .*{said}"):
             plan(config(tmp_path, wrong))
+
+
+def test_an_experiment_keeps_the_values_it_ran_with(tmp_path: Path) -> None:
+    """Mutation: the report reads run.tune.file, which a later tuning replaces."""
+    values = {"dpo": {"train.loss.beta": 1.0}}
+    assert kept_tuned(tmp_path) == {}
+    (tmp_path / "tuned.json").write_text(json.dumps(values))
+    assert kept_tuned(tmp_path) == values
+    (tmp_path / "tuned.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"tuned\.json"):
+        kept_tuned(tmp_path)
 
 
 def test_a_missing_file_of_tuned_values_is_told(tmp_path: Path) -> None:

@@ -131,10 +131,10 @@ def test_resuming_names_what_is_compared() -> None:
     """Mutation: a field that resuming compares and the page does not name, or the other way round."""
     from transformers import TrainingArguments
 
-    from bvpo.training.trainer import _DECIDES
+    from bvpo.training.identity import DECIDES
 
     text = TEXT.split("and of `TrainingArguments`:")[1].split("Not compared")[0]
-    assert set(re.findall(r"`(\w+)`", text)) == _DECIDES & set(TrainingArguments.__dataclass_fields__)
+    assert set(re.findall(r"`(\w+)`", text)) == DECIDES & set(TrainingArguments.__dataclass_fields__)
 
 
 def test_table_for_trl_users_names_real_fields() -> None:
