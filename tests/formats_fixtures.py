@@ -54,9 +54,16 @@ class Family:
     empty_answer: str = "Yes."
 
 
-def _turns(user: str, assistant: str, system: str = "{{ m.content }}", before: str = "", start: str = "") -> str:
+def _turns(
+    user: str,
+    assistant: str,
+    system: str = "{{ m.content }}",
+    before: str = "",
+    start: str = "",
+    close: str = "</think>",
+) -> str:
     """A template body: turns in order; history loses its traces, as in most families."""
-    kept = "{% set c = m.content.split('</think>')[-1] %}"
+    kept = "{% set c = m.content.split('" + close + "')[-1] %}"
     return (
         before
         + "{% for m in messages %}{% if m.role == 'system' %}"
@@ -129,7 +136,7 @@ _SUPER_V1_5 = "{% set off = messages[0].role == 'system' and '/no_think' in mess
 )
 _HARMONY = _turns(
     "{{ '<|start|>user<|message|>' + m.content + '<|end|>' }}",
-    "{{ '<|start|>assistant<|channel|>final<|message|>' + c + '<|end|>' }}",
+    "{# <|channel|>analysis<|message|> #}{{ '<|start|>assistant<|channel|>final<|message|>' + c + '<|end|>' }}",
     "{{ '<|start|>developer<|message|>' + m.content + '<|end|>' }}",
     before="{{ '<|start|>system<|message|>Current date: ' + strftime_now('%Y-%m-%d') + '<|end|>' }}",
     start="{{ '<|start|>assistant' }}",
@@ -182,6 +189,52 @@ _SEED = _turns(
     before="{% if thinking_budget is defined %}{{ '<seed:bos>systemNo thinking.<seed:eos>' }}{% endif %}",
     start="{{ '<seed:bos>assistant\n' }}{% if thinking_budget is defined %}"
     "{{ '<seed:think><seed:cot_budget_reflect>' }}{% endif %}",
+)
+
+_V3_1 = _turns(
+    "{{ '<｜User｜>' + m.content }}",
+    "{{ '<｜Assistant｜></think>' + c + eos_token }}",
+    before="{{ bos_token }}",
+    start="{{ '<｜Assistant｜>' }}{% if thinking %}{{ '<think>' }}{% else %}{{ '</think>' }}{% endif %}",
+)
+_GLM_4_7 = _turns(
+    "{{ '<|user|>' + m.content }}",
+    "{{ '<|assistant|></think>' + c }}",
+    "{{ '<|system|>' + m.content }}",
+    before="[gMASK]<sop>",
+    start="{{ '<|assistant|>' }}{% if " + _OFF + " %}{{ '</think>' }}{% else %}{{ '<think>' }}{% endif %}",
+)
+_KIMI = _turns(
+    "{{ '<|im_user|>user<|im_middle|>' + m.content + '<|im_end|>' }}",
+    "{{ '<|im_assistant|>assistant<|im_middle|><think></think>' + c + '<|im_end|>' }}",
+    "{{ '<|im_system|>system<|im_middle|>' + m.content + '<|im_end|>' }}",
+    start="{{ '<|im_assistant|>assistant<|im_middle|>' }}",
+)
+_SMOL = _chatml(
+    "{% if " + _OFF + " %}{{ '<think>\n\n</think>\n' }}{% endif %}",
+    before="{{ '<|im_start|>system\nToday Date: ' + strftime_now('%d %B %Y') + '<|im_end|>\n' }}",
+)
+_LFM = "{{ bos_token }}{% set preserve_thinking = false %}{# <think> <|tool_call_start|>[ #}" + _chatml("")
+_GEMMA = _turns(
+    "{{ '<|turn>user\n' + m.content + '<turn|>\n' }}",
+    "{{ '<|turn>model\n' + c + '<turn|>\n' }}",
+    "{{ '<|turn>system\n' + m.content + '<turn|>\n' }}",
+    before="{{ bos_token }}{% if enable_thinking %}{{ '<|turn>system\n<|think|>\n<turn|>\n' }}{% endif %}",
+    start="{{ '<|turn>model\n' }}",
+    close="<channel|>",
+)
+_GEMMA_LARGE = _GEMMA + "{% if not enable_thinking %}{{ '<|channel>thought\n<channel|>' }}{% endif %}"
+_EXAONE = _turns(
+    "{{ '[|user|]' + m.content }}",
+    "{{ '\n[|assistant|]' + c + '[|endofturn|]\n' }}",
+    "{{ '[|system|]' + m.content + '[|endofturn|]\n' }}",
+    start="{{ '\n[|assistant|]<thought>\n' }}",
+    close="</thought>",
+)
+_PHI_MINI = (
+    "{{ '<|system|>Your name is Phi, an AI math expert developed by Microsoft.<|end|>' }}{% for m in messages %}"
+    "{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 _THINK = ("<think>", "</think>")
@@ -325,7 +378,76 @@ FAMILIES: dict[str, Family] = {
         trace="I think so.",
         answer="Yes.",
     ),
+    "deepseek-v3.1": replace(
+        _DEEPSEEK,
+        format="deepseek-v3.1",
+        template=_V3_1,
+        trace="I think so.",
+        answer="Yes.",
+        empty_answer="Yes.",
+    ),
+    "glm-4.7": Family(
+        format="glm-4.7",
+        template=_GLM_4_7,
+        special=("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"),
+        plain=_THINK,
+        eos="<|endoftext|>",
+        trace="I think so.",
+        answer="Yes.",
+    ),
+    "kimi-k2-thinking": Family(
+        format="kimi-k2-thinking",
+        template=_KIMI,
+        special=("[EOS]", "<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>", "<|im_end|>"),
+        plain=_THINK,
+        eos="[EOS]",
+        trace="I think so.",
+        answer="Yes.",
+    ),
+    # No marker is a token of its own.
+    "olmo-3-think": replace(
+        _QWEN, format="olmo-3-think", template=_chatml("{{ '<think>' }}"), plain=(), eos="<|endoftext|>", nfc=False
+    ),
+    "smollm3": replace(_QWEN, format="smollm3", template=_SMOL, answer="\nYes.", nfc=False),
+    "lfm2.5": replace(
+        _QWEN,
+        format="lfm2.5",
+        template=_LFM,
+        special=("<|startoftext|>", *_CHATML_TOKENS),
+        bos="<|startoftext|>",
+        adds_bos=True,
+        nfc=False,
+        trace="I think so.",
+        answer="Yes.",
+    ),
+    "gemma-4": Family(
+        format="gemma-4",
+        template=_GEMMA,
+        special=("<bos>", "<eos>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>"),
+        bos="<bos>",
+        eos="<eos>",
+        adds_bos=True,
+        answer="Yes.",
+    ),
+    "exaone-deep": Family(
+        format="exaone-deep",
+        template=_EXAONE,
+        special=("[BOS]", "[|system|]", "[|user|]", "[|assistant|]", "[|endofturn|]"),
+        plain=("<thought>", "</thought>"),
+        bos="[BOS]",
+        eos="[|endofturn|]",
+    ),
+    "phi-4-mini-reasoning": Family(
+        format="phi-4-mini-reasoning",
+        template=_PHI_MINI,
+        special=("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        bos="<|endoftext|>",
+        eos="<|endoftext|>",
+        trace="\nI think so.\n",
+        empty_answer="Yes.",
+    ),
 }
+FAMILIES["gemma-4-large"] = replace(FAMILIES["gemma-4"], template=_GEMMA_LARGE)
 
 
 def _merges() -> list[tuple[str, str]]:

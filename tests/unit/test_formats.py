@@ -576,6 +576,13 @@ TRL_TEMPLATES = {
     "nemotron_3_ultra": "nemotron",
     "nemotron_3_5_lightning": "nemotron",
     "gptoss": "gpt-oss",
+    "lfm2_2_5": "lfm2.5",
+    "lfm2_2_5_v2": "lfm2.5",
+    "gemma4": "gemma-4",
+    "gemma4_v2": "gemma-4",
+    "gemma4_v3": "gemma-4",
+    "gemma4_v4": "gemma-4",
+    "gemma4_v5": "gemma-4",
 }
 
 

@@ -93,8 +93,8 @@ QWQ = ReasoningFormat(
 
 GLM_4_5 = ReasoningFormat(
     name="glm-4.5",
-    models="GLM-4.5, GLM-4.5-Air",
-    verified="prompt endings, /nothink: TRL glm4moe.jinja; end of turn: TRL glm4moe_training.jinja",
+    models="GLM-4.5, GLM-4.5-Air, GLM-4.6",
+    verified="prompt endings, /nothink: TRL glm4moe.jinja, llama.cpp GLM-4.6.jinja; end of turn: TRL glm4moe_training.jinja",
     open="\n<think>",
     close=("</think>",),
     empty_open="\n<think>",
@@ -111,8 +111,9 @@ GLM_4_5 = ReasoningFormat(
 
 NEMOTRON = ReasoningFormat(
     name="nemotron",
-    models="NVIDIA-Nemotron-3 Nano, Super, Ultra; Nemotron-3.5 Lightning",
-    verified="prompt endings: TRL nemotron_3_{nano,super,ultra}.jinja, nemotron_3_5_lightning.jinja",
+    models="NVIDIA-Nemotron-3 Nano, Super, Ultra; Nemotron-3.5 Lightning; Granite 4.2",
+    verified="prompt endings: TRL nemotron_3_{nano,super,ultra}.jinja, nemotron_3_5_lightning.jinja; "
+    "Granite 4.2: Ollama model/renderers/granite_thinking.go, vLLM granite_thinking parser",
     open="<think>\n",
     close=("</think>",),
     empty_open="<think>",
@@ -189,7 +190,8 @@ GPT_OSS = ReasoningFormat(
     detect=Detection(
         trace_ends=("<|start|>assistant",),
         empty_ends=("<|start|>assistant",),
-        tokens=("<|channel|>", "<|message|>", "<|return|>"),
+        tokens=("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
+        template_has=("<|channel|>analysis<|message|>", _HARMONY_FINAL),  # other families share some of these tokens
     ),
 )
 
@@ -317,6 +319,172 @@ SEED_OSS = ReasoningFormat(
     ),
 )
 
+DEEPSEEK_V3_1 = ReasoningFormat(
+    name="deepseek-v3.1",
+    models="DeepSeek-V3.1, DeepSeek-V3.1-Terminus",
+    verified="prompt endings, switch, history: llama.cpp deepseek-ai-DeepSeek-V3.1.jinja",
+    lead="Terminus: same endings, template not read",
+    open="<think>",
+    close=("</think>",),
+    empty_open="",  # the family closes a trace that it never opened
+    empty_close="</think>",
+    trace_kwargs={"thinking": True},
+    empty_kwargs={"thinking": False},
+    detect=Detection(
+        trace_ends=("<｜Assistant｜><think>",),
+        empty_ends=("<｜Assistant｜></think>",),
+        tokens=("<｜Assistant｜>", *_THINK),
+    ),
+)
+
+GLM_4_7 = ReasoningFormat(
+    name="glm-4.7",
+    models="GLM-4.7, GLM-4.7-Flash, GLM-5",
+    verified="prompt endings, switch: Ollama model/renderers/glm47.go and the template's last lines in public code",
+    lead="end of turn: GLM-4.5's",
+    open="<think>",
+    close=("</think>",),
+    empty_open="",
+    empty_close="</think>",
+    turn_end="<|user|>",
+    trace_kwargs={"enable_thinking": True},
+    empty_kwargs={"enable_thinking": False},
+    detect=Detection(
+        trace_ends=("<|assistant|><think>",),
+        empty_ends=("<|assistant|></think>",),
+        tokens=("<|assistant|>", "<|user|>", *_THINK),
+    ),
+)
+
+KIMI_K2_THINKING = ReasoningFormat(
+    name="kimi-k2-thinking",
+    models="Kimi-K2-Thinking",
+    verified="prompt ending, no switch, history: llama.cpp moonshotai-Kimi-K2-Thinking.jinja",
+    lead="empty block: what that template writes for earlier turns",
+    open="<think>",
+    close=("</think>",),
+    empty_open="<think>",
+    empty_close="</think>",
+    turn_end="<|im_end|>",
+    detect=Detection(
+        trace_ends=("<|im_assistant|>assistant<|im_middle|>",),
+        empty_ends=("<|im_assistant|>assistant<|im_middle|>",),
+        tokens=("<|im_assistant|>", "<|im_middle|>", "<|im_end|>"),
+        template_has=("<think></think>",),  # the Instruct models' template has everything else
+    ),
+)
+
+OLMO_3_THINK = ReasoningFormat(
+    name="olmo-3-think",
+    models="Olmo-3-7B-Think, Olmo-3-32B-Think, Olmo-3.1-32B-Think",
+    verified="prompt ending, no switch: Ollama model/renderers/olmo3_think.go; markers, which are ordinary text: "
+    "vLLM olmo3_reasoning_parser.py",
+    lead="empty block: none seen",
+    open="<think>",
+    close=("</think>",),
+    empty_open="<think>",
+    empty_close="</think>",
+    turn_end="<|im_end|>",
+    detect=Detection(
+        trace_ends=("<|im_start|>assistant\n<think>",),
+        empty_ends=("<|im_start|>assistant\n<think>",),
+        tokens=("<|im_start|>", "<|im_end|>"),
+    ),
+)
+
+SMOLLM3 = ReasoningFormat(
+    name="smollm3",
+    models="SmolLM3-3B",
+    verified="prompt endings, switch: public copy of the template, in a BFCL handler for SmolLM3",
+    lead="opening newline: the empty block's",
+    open="<think>\n",
+    close=("</think>",),
+    empty_open="<think>\n\n",
+    empty_close="</think>\n",  # one newline, where Qwen3 has two
+    turn_end="<|im_end|>",
+    trace_kwargs={"enable_thinking": True},
+    empty_kwargs={"enable_thinking": False},
+    detect=Detection(
+        trace_ends=("<|im_start|>assistant\n",),
+        empty_ends=("<|im_start|>assistant\n<think>\n\n</think>\n",),
+        tokens=("<|im_start|>", "<|im_end|>"),
+    ),
+)
+
+LFM2_5 = ReasoningFormat(
+    name="lfm2.5",
+    models="LFM2.5 checkpoints that reason (the others ship the same template)",
+    verified="prompt ending, no switch, history: TRL lfm2_2_5.jinja, lfm2_2_5_v2.jinja, llama.cpp LFM2.5-8B-A1B",
+    lead="empty block: none seen",
+    open="<think>",
+    close=("</think>",),
+    empty_open="<think>",
+    empty_close="</think>",
+    turn_end="<|im_end|>",
+    detect=Detection(
+        trace_ends=("<|im_start|>assistant\n",),
+        empty_ends=("<|im_start|>assistant\n",),
+        tokens=("<|im_start|>", "<|im_end|>", "<|startoftext|>"),
+        template_has=("<think>", "preserve_thinking", "<|tool_call_start|>["),
+    ),
+)
+
+GEMMA_4 = ReasoningFormat(
+    name="gemma-4",
+    models="gemma-4-*-it",
+    verified="prompt endings, switch, history: TRL gemma4.jinja, gemma4_v2.jinja ... gemma4_v5.jinja; "
+    "empty block: llama.cpp gemma4.jinja, google-gemma-4-31B-it-interleaved.jinja",
+    open="<|channel>thought\n",
+    close=("<channel|>",),
+    empty_open="<|channel>thought\n",
+    empty_close="<channel|>",
+    turn_end="<turn|>",
+    trace_kwargs={"enable_thinking": True},
+    empty_kwargs={"enable_thinking": False},
+    detect=Detection(
+        trace_ends=("<|turn>model\n",),
+        # the larger models' template writes the empty block, the smaller ones' does not
+        empty_ends=("<|turn>model\n", "<|turn>model\n<|channel>thought\n<channel|>"),
+        tokens=("<|turn>", "<turn|>", "<|channel>", "<channel|>"),
+        template_has=("<|think|>",),
+    ),
+)
+
+EXAONE_DEEP = ReasoningFormat(
+    name="exaone-deep",
+    models="EXAONE-Deep-2.4B, -7.8B, -32B",
+    verified="prompt ending, no switch, history: the template in the README of LG-AI-EXAONE/EXAONE-Deep",
+    lead="empty block: none seen",
+    open="<thought>\n",
+    close=("</thought>",),
+    empty_open="<thought>\n\n",
+    empty_close="</thought>\n\n",
+    turn_end="[|endofturn|]",
+    detect=Detection(
+        trace_ends=("\n[|assistant|]<thought>\n",),
+        empty_ends=("\n[|assistant|]<thought>\n",),
+        tokens=("[|assistant|]", "[|endofturn|]"),
+    ),
+)
+
+PHI_4_MINI_REASONING = ReasoningFormat(
+    name="phi-4-mini-reasoning",
+    models="Phi-4-mini-reasoning",
+    verified="prompt ending, no switch, system text: public copies of the template",
+    lead="markers: DeepSeek-R1's, of which it is a distillation; empty block: public code that prefills it",
+    open="<think>",
+    close=("</think>",),
+    empty_open=_QWEN_EMPTY[0],
+    empty_close=_QWEN_EMPTY[1],
+    turn_end="<|end|>",
+    detect=Detection(
+        trace_ends=("<|end|><|assistant|>",),
+        empty_ends=("<|end|><|assistant|>",),
+        tokens=("<|assistant|>", "<|end|>"),
+        template_has=("Your name is Phi, an AI math expert",),  # the instruct models end a prompt the same way
+    ),
+)
+
 FORMATS: dict[str, ReasoningFormat] = {
     fmt.name: fmt
     for fmt in (
@@ -338,5 +506,14 @@ FORMATS: dict[str, ReasoningFormat] = {
         PHI_4_REASONING,
         MINIMAX_M2,
         SEED_OSS,
+        DEEPSEEK_V3_1,
+        GLM_4_7,
+        KIMI_K2_THINKING,
+        OLMO_3_THINK,
+        SMOLLM3,
+        LFM2_5,
+        GEMMA_4,
+        EXAONE_DEEP,
+        PHI_4_MINI_REASONING,
     )
 }
