@@ -62,8 +62,8 @@ def _turns(
     start: str = "",
     close: str = "</think>",
 ) -> str:
-    """A template body: turns in order; history loses its traces, as in most families."""
-    kept = "{% set c = m.content.split('" + close + "')[-1] %}"
+    """A template body: turns in order; history loses its traces, as in most families; ``close=""`` keeps them."""
+    kept = "{% set c = m.content.split('" + close + "')[-1] %}" if close else "{% set c = m.content %}"
     return (
         before
         + "{% for m in messages %}{% if m.role == 'system' %}"
@@ -79,7 +79,7 @@ def _turns(
     )
 
 
-def _chatml(start: str, before: str = "") -> str:
+def _chatml(start: str, before: str = "", close: str = "</think>") -> str:
     turn = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
     return _turns(
         turn,
@@ -87,6 +87,7 @@ def _chatml(start: str, before: str = "") -> str:
         turn,
         before=before,
         start="{{ '<|im_start|>assistant\n' }}" + start,
+        close=close,
     )
 
 
@@ -209,10 +210,12 @@ _KIMI = _turns(
     "{{ '<|im_assistant|>assistant<|im_middle|><think></think>' + c + '<|im_end|>' }}",
     "{{ '<|im_system|>system<|im_middle|>' + m.content + '<|im_end|>' }}",
     start="{{ '<|im_assistant|>assistant<|im_middle|>' }}",
+    close="",
 )
 _SMOL = _chatml(
     "{% if " + _OFF + " %}{{ '<think>\n\n</think>\n' }}{% endif %}",
     before="{{ '<|im_start|>system\nToday Date: ' + strftime_now('%d %B %Y') + '<|im_end|>\n' }}",
+    close="",
 )
 _LFM = "{{ bos_token }}{% set preserve_thinking = false %}{# <think> <|tool_call_start|>[ #}" + _chatml("")
 _GEMMA = _turns(
@@ -406,7 +409,12 @@ FAMILIES: dict[str, Family] = {
     ),
     # No marker is a token of its own.
     "olmo-3-think": replace(
-        _QWEN, format="olmo-3-think", template=_chatml("{{ '<think>' }}"), plain=(), eos="<|endoftext|>", nfc=False
+        _QWEN,
+        format="olmo-3-think",
+        template=_chatml("{{ '<think>' }}", close=""),
+        plain=(),
+        eos="<|endoftext|>",
+        nfc=False,
     ),
     "smollm3": replace(_QWEN, format="smollm3", template=_SMOL, answer="\nYes.", nfc=False),
     "lfm2.5": replace(

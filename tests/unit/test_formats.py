@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ from bvpo.core.formats import (
     detect_format,
     end_ids,
     get_format,
+    render,
     resolve_format,
     view_prompt,
 )
@@ -242,6 +244,23 @@ def test_lone_surrogates_are_refused() -> None:
     """Mutation: a TypeError from inside the tokenizer for text that JSON can hold."""
     with pytest.raises(UserError, match="surrogate"):
         completion_ids(tokenizer_of("qwen3"), FORMATS["qwen3"], "empty", None, "a\ud800b", True)
+
+
+KEEP_HISTORY = {"kimi-k2-thinking", "olmo-3-think", "smollm3", "phi-4-mini-reasoning"}
+
+
+@pytest.mark.parametrize(
+    "name", ["deepseek-v3.1", "glm-4.7", "lfm2.5", "gemma-4", "exaone-deep", *sorted(KEEP_HISTORY)]
+)
+@pytest.mark.parametrize("view", ["trace", "empty"])
+def test_each_familys_template_decides_on_earlier_traces(name: str, view: str) -> None:
+    """Mutation: taking the templates' word for the history by hand, or a second opening marker in the prompt's end."""
+    tokenizer, fmt = tokenizer_of(name), format_of(name)
+    talk = (*HI, Message(role="assistant", content=f"{fmt.open}OLD{fmt.close[0]}Yes"), *HI)
+    text = tokenizer.decode(view_prompt(tokenizer, fmt, talk, view).prompt_ids)  # type: ignore[arg-type]
+    assert ("OLD" in text) == (name in KEEP_HISTORY) and "Yes" in text
+    end = fmt.open if view == "trace" else fmt.empty_open + fmt.empty_close
+    assert text.endswith(end) and not text.removesuffix(end).endswith((fmt.open, *fmt.close))
 
 
 # ---- splitting text --------------------------------------------------------------------------------------------------
@@ -509,6 +528,89 @@ def test_detection_needs_the_markers_in_the_vocabulary() -> None:
         detect_format(build_tokenizer(replace(FAMILIES["qwen3"], plain=())))
 
 
+_STRANGE_VOCABULARY = (*FAMILIES["gpt-oss"].special, "<|im_start|>", "<|im_end|>", "<|im_middle|>", "<|im_assistant|>")
+_CHATML = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{{ '<|im_start|>assistant\n' }}"
+_HARMONY_LIKE = "{% for m in messages %}<|start|>user<|message|>{{ m.content }}<|end|>{% endfor %}<|start|>assistant"
+
+
+@pytest.mark.parametrize(
+    ("base", "template"),
+    [
+        ("gpt-oss", _CHATML),  # merely has <|return|> and the rest
+        ("gpt-oss", _HARMONY_LIKE),  # a family with these turns and no channels
+        ("gpt-oss", _CHATML + "{# preserve_thinking <think> #}"),
+        ("kimi-k2-thinking", "{{ messages[0].content }}<|im_assistant|>assistant<|im_middle|>"),  # the Instruct models
+        ("kimi-k2-thinking", "<think></think>{{ messages[0].content }}<|im_assistant|>assistant<|im_middle|><think>"),
+        ("phi-4-mini-reasoning", "{{ messages[0].content }}<|end|><|assistant|>"),
+        ("lfm2.5", "{{ bos_token }}" + _CHATML),
+        ("gemma-4", "{{ messages[0].content + '<turn|>\n<|turn>model\n' }}"),
+        ("glm-4.7", "{{ messages[0].content }}<|assistant|><think>"),
+        ("deepseek-v3.1", "{{ messages[0].content }}<｜Assistant｜></think>"),
+    ],
+)
+def test_neighbours_are_not_taken_for_a_family(base: str, template: str) -> None:
+    """Every token of the family in the vocabulary, and another model's template.
+
+    Mutation: any ``template_has`` or ending left out of the families' conditions.
+    """
+    family = FAMILIES[base]
+    special = tuple(dict.fromkeys((*family.special, *_STRANGE_VOCABULARY)))
+    with pytest.raises(UserError, match=r"\Acannot tell the reasoning format.*none fits[^\n]*\Z"):
+        detect_format(build_tokenizer(replace(family, template=template, special=special)))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "smollm3", "olmo-3-think", "gpt-oss", "glm-4.7", "deepseek-v3.1"])
+def test_foreign_tokens_do_not_change_the_family(name: str) -> None:
+    """Mutation: detection by the vocabulary alone; every other family's tokens are there, too."""
+    others = [t for family in FAMILIES.values() for t in (*family.special, *family.plain)]
+    family = FAMILIES[name]
+    crowded = replace(family, special=tuple(dict.fromkeys((*family.special, *others))), plain=())
+    assert detect_format(build_tokenizer(crowded)) is format_of(name)
+
+
+_ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "cause"),
+    [
+        ("{{ 1 // 0 }}", "zero"),
+        ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "recursion"),
+        ("{{ messages[9].content.split('x') }}", "no element 9"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate"),
+        ("{{ ''.nothing() }}", "nothing"),
+        ("{% for m in messages %}", "[Uu]nexpected end"),
+        ("{{ raise_exception('roles\nmust alternate') }}", "roles"),
+        ("{% if false %}x{% endif %}", "as nothing"),
+        (_ENDLESS, "does not come to an end"),
+    ],
+)
+def test_broken_templates_end_in_one_line(template: str, cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the main thread and in a worker. Mutation: catching Jinja's own errors only, or no limit on a loop."""
+    monkeypatch.setattr("bvpo.core.formats.prompts.MAX_TEMPLATE_STEPS", 20_000)
+    tokenizer = build_tokenizer(replace(FAMILIES["qwen3"], template=template))
+    with ThreadPoolExecutor(1) as pool:
+        for ask in (lambda f: f(), lambda f: pool.submit(f).result()):
+            for call in (
+                lambda: detect_format(tokenizer),
+                lambda: view_prompt(tokenizer, FORMATS["qwen3"], HI, "trace"),
+            ):
+                with pytest.raises(UserError, match=rf"\A[^\n]*{cause}[^\n]*\Z"):
+                    ask(call)
+
+
+def test_rendering_gives_the_tracer_back() -> None:
+    """Mutation: a debugger or coverage tool that is lost after the first prompt."""
+    outer = sys.gettrace()
+    mine = lambda frame, event, arg: None  # noqa: E731
+    try:
+        sys.settrace(mine)
+        view_prompt(tokenizer_of("qwen3"), FORMATS["qwen3"], HI, "trace")
+        assert sys.gettrace() is mine
+    finally:
+        sys.settrace(outer)
+
+
 def test_detection_names_the_candidates_when_several_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutation: taking the first of several fits."""
     monkeypatch.setitem(FORMATS, "twin", replace(FORMATS["qwen3"], name="twin"))
@@ -559,6 +661,19 @@ def test_own_formats_do_what_they_say() -> None:
     assert qwen.decode(view_prompt(qwen, own, HI, "empty").prompt_ids).endswith("assistant\n<t></t>")
     with pytest.raises(UserError, match="leave it at 'auto'"):
         resolve_format(tokenizer, "qwen3", {"base": "r1-distill"})
+
+
+@pytest.mark.parametrize(
+    "name", ["deepseek-v3.1", "glm-4.7", "olmo-3-think", "smollm3", "gemma-4-large", "exaone-deep", "qwen3", "nemotron"]
+)
+def test_prompts_are_the_templates_own_where_it_writes_the_block(name: str) -> None:
+    """Mutation: whitespace or a marker in an entry of a family whose template is not installed for the tests."""
+    tokenizer, fmt = tokenizer_of(name), format_of(name)
+    for view, block in (("trace", fmt.open), ("empty", fmt.empty_open + fmt.empty_close)):
+        theirs = render(tokenizer, fmt, HI, view)  # type: ignore[arg-type]
+        ours = tokenizer.decode(view_prompt(tokenizer, fmt, HI, view).prompt_ids)  # type: ignore[arg-type]
+        switched = view == "trace" or bool(fmt.empty_kwargs)
+        assert ours in ((theirs, theirs + block) if switched else (theirs.removesuffix(fmt.open) + block,))
 
 
 # ---- the families' real templates, as TRL ships them -----------------------------------------------------------------

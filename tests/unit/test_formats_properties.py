@@ -129,7 +129,9 @@ def test_completions_are_exact_or_refused(name: str, trace: str, answer: str, fi
     if not FAMILIES[name].nfc:
         assert shown == [trace, answer]
     else:
-        assert [unicodedata.normalize("NFC", text) for text in shown] == shown
+        # a combining mark behind a marker's token stays apart from it, hence both sides
+        nfc = [[unicodedata.normalize("NFC", text) for text in texts] for texts in (shown, (trace, answer))]
+        assert nfc[0] == nfc[1]
     body = ids[:-1] if finished else ids
     assert (not finished or ids[-1] == ends[0]) and not set(ends) & set(body)
     written = shown[0] + fmt.close[0] + shown[1] if view == "trace" else shown[1]

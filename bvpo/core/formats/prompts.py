@@ -10,9 +10,12 @@ so that the same conversation gives the same prompt, and the same sample key, on
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from types import FrameType
 from typing import Any
 
 from bvpo.core.formats.spec import ReasoningFormat
@@ -20,7 +23,12 @@ from bvpo.records import Message, View
 from bvpo.strict import UserError
 
 PROMPT_DATE = date(2025, 1, 1)
+MAX_TEMPLATE_STEPS = 10_000_000  # lines of template code; a long conversation takes some ten thousand
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+class EndlessTemplate(UserError):
+    """A chat template that was stopped because it does not come to an end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,22 +66,52 @@ def render(
     tokenizer: Any, fmt: ReasoningFormat, messages: Sequence[Message], view: View, today: date = PROMPT_DATE
 ) -> str:
     """The conversation as the chat template writes it in this view, up to where the model's turn begins."""
-    from jinja2 import TemplateError  # here: importing bvpo.core.formats costs nothing
-
     if not messages or messages[-1].role not in ("user", "tool"):
         last = repr(messages[-1].role) if messages else "no message"
         raise UserError(f"a conversation must end with a user turn, got {last}")
     turns = _with_switches(fmt, messages, view)
     source = _without_clock(template_source(tokenizer), today)
     try:
-        text = tokenizer.apply_chat_template(
-            turns, chat_template=source, tokenize=False, add_generation_prompt=True, **fmt.kwargs(view)
-        )
-    except TemplateError as error:
+        with _stopping_endless_templates():
+            text = tokenizer.apply_chat_template(
+                turns, chat_template=source, tokenize=False, add_generation_prompt=True, **fmt.kwargs(view)
+            )
+    except UserError:
+        raise
+    except Exception as error:  # a template is somebody else's program: whatever it raises is its own fault
         raise UserError(f"the chat template cannot render this conversation: {_first_line(error)}") from error
     if not isinstance(text, str) or not text:
         raise UserError("the chat template renders this conversation as nothing")
     return text
+
+
+@contextmanager
+def _stopping_endless_templates() -> Iterator[None]:
+    """Counts the lines of template code that run, and stops at a limit: in any thread, and whatever the machine's load.
+
+    Jinja compiles a template to Python code of the file "<template>"; only its frames are traced line by line. A
+    debugger or coverage tool does not see the rendering, and goes on after it.
+    """
+    steps = 0
+
+    def count(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps > MAX_TEMPLATE_STEPS:
+            raise EndlessTemplate(
+                f"the chat template does not come to an end: stopped after {MAX_TEMPLATE_STEPS} steps"
+            )
+        return count
+
+    def enter(frame: FrameType, event: str, arg: Any) -> Any:
+        return count if frame.f_code.co_filename == "<template>" else None
+
+    outer = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        yield
+    finally:
+        sys.settrace(outer)
 
 
 def template_source(tokenizer: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from bvpo.core.formats.prompts import encode, render, template_source
+from bvpo.core.formats.prompts import EndlessTemplate, encode, render, template_source
 from bvpo.core.formats.registry import FORMATS
 from bvpo.core.formats.spec import ReasoningFormat
 from bvpo.records import Message
@@ -110,6 +110,8 @@ def _fits(tokenizer: Any, fmt: ReasoningFormat) -> bool:
     try:
         source = template_source(tokenizer)
         trace, empty = (render(tokenizer, asked, _PROBE, view) for view in ("trace", "empty"))
+    except EndlessTemplate:  # as it would be for every other family, each for as long
+        raise
     except UserError:  # this family's switches do not suit the template (no system role, ...): another family's
         return False
     named = all(text in source for text in look.template_has)
