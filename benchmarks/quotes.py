@@ -18,6 +18,7 @@ from benchmarks.tables import AWAITED, RESULTS, NoResults, newest
 MARK = re.compile(r"<!-- from: (.*?) -->", re.DOTALL)
 FIXED = re.compile(r"<!-- fixed: (.*?) -->", re.DOTALL)
 # what holds no measured number: blocks of code, code, targets of links, other comments; and tables, which are generated
+DATED = re.compile(r"([a-z][a-z0-9-]*)-\d{4}-\d\d-\d\d\.json")
 _CODE = r"^( *)```.*?^\1```$|`[^`\n]*`|\]\([^)]*\)"
 SILENT = re.compile(rf"<!-- table: .*?<!-- end -->|{_CODE}|<!-- (?!from:).*?-->", re.DOTALL | re.MULTILINE)
 _NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d*\.?\d+(?:e-?\d+)?)"
@@ -194,6 +195,10 @@ def blank(text: str) -> str:
 def faults(name: str, text: str) -> Iterator[str]:
     """One line for each number of a page that its source does not have, and each decimal without a source."""
     fixed = {word.strip() for match in FIXED.finditer(text) for word in match[1].split(",")}
+    for match in DATED.finditer(text):
+        if match[0] != (there := newest(match[1])["file"]):
+            line = text.count("\n", 0, match.start()) + 1
+            yield f"{name}:{line}: {match[0]} is named, and the numbers come from {there}"
     shown = blank(text)
     sourced: list[tuple[int, int, str]] = [*rows_with_sources(text)]
     for match in MARK.finditer(shown):
