@@ -1,7 +1,7 @@
-"""Checks what the pages claim about the tree: links, make targets, commands and paths must exist.
+"""Checks what the pages claim: links, make targets, commands and paths must exist, numbers must be those of their files.
 
-In: every Markdown file of the repository, the module docstrings of ``bvpo``. Out: one line per fault and exit code 1,
-or one closing line. Prose is not judged.
+In: every Markdown file of the repository, the module docstrings of ``bvpo``, benchmarks/results. Out: one line per fault
+and exit code 1, or one closing line. Prose is not judged.
 """
 
 from __future__ import annotations
@@ -40,10 +40,25 @@ def main() -> int:
         source = module.read_text(encoding="utf-8")
         if source.strip() and not ast.get_docstring(ast.parse(source)):
             faults.append(f"{module.relative_to(ROOT)}:1: no module docstring")
+    faults += number_faults()
     for fault in faults:
         print(fault)
     print(f"docs: {len(pages)} pages and {len(modules)} modules checked, {len(faults)} faults")
     return 1 if faults else 0
+
+
+def number_faults() -> list[str]:
+    """Of the pages that quote results: tables that differ from the files, numbers that do, numbers without a source."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import quotes, tables
+
+    found: list[str] = []
+    for name in tables.PAGES:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        if tables.render(text) != text:
+            found.append(f"{name}: a table differs from benchmarks/results; run python benchmarks/tables.py")
+        found += quotes.faults(name, text)
+    return found
 
 
 def known_verbs() -> set[str]:

@@ -133,6 +133,6 @@ def test_readme_names_commands_that_exist() -> None:
     targets = re.findall(r"^    make (\w+)", readme, re.MULTILINE)
     assert {"vignette", "test"} <= set(targets)
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
-    assert len(readme.splitlines()) < 150
+    assert len(re.sub(r"^ *<!--.*?-->\n", "", readme, flags=re.DOTALL | re.MULTILINE).splitlines()) < 150
     shown = re.findall(r"^    bvpo (\w+) ", readme, re.MULTILINE)
     assert set(shown) <= set(VERBS)

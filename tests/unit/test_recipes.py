@@ -19,6 +19,7 @@ from bvpo.records import Message, Pair, Quad, Response
 from bvpo.strict import write_jsonl
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+EXPERIMENTS = RECIPES.parent / "experiments"
 CONFIGS = sorted(path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.toml"))
 LAUNCHERS = sorted(path.name for path in (RECIPES / "accelerate").glob("*.yaml"))
 MODELS = ("r1-distill-qwen-1.5b", "r1-distill-qwen-7b", "r1-0528-qwen3-8b")
@@ -121,12 +122,34 @@ def test_baselines_and_variants_differ_only_where_they_say(model: str) -> None:
         assert load_config(RECIPES / model / f"{kind}.toml").data.quads == f"experiments/{experiment}/quads.jsonl"
 
 
-def test_blueprint_holds_its_defaults() -> None:
+@pytest.mark.parametrize("path", (RECIPES / "blueprint.toml", EXPERIMENTS / "vignette-3b-t1-t2.toml"), ids=str)
+def test_blueprint_holds_its_defaults(path: Path) -> None:
     """Mutation: one of the blueprint's defaults replaced by ours."""
-    config = load_config(RECIPES / "blueprint.toml")
+    config = load_config(path)
     train = config.train
     assert (config.seed, train.learning_rate, train.weight_decay, train.quads_per_step) == (42, 2e-5, 0.01, 32)
     assert (train.epochs, train.max_length, train.eval, train.optimizer) == (3.0, 256, "epoch", "adamw")
+    assert (train.loss.beta, config.data.eval_fraction) == (0.1, 0.1)
+    assert config.run.seeds == ((42, 123, 999) if config.run.methods else ())
+
+
+@pytest.mark.parametrize(("name", "model"), list(zip(("r1-1.5b", "r1-7b", "r1-8b"), MODELS, strict=True)))
+def test_experiments_train_as_the_recipes_do(name: str, model: str) -> None:
+    """The paper's experiment in one command: its methods are the recipes', and the run is bounded without a network.
+    Mutations: a baseline with BVPO's beta on the 8B model; a method lost; prompts without a number."""
+    from bvpo.jobs.cost import bounds
+    from bvpo.jobs.plan import plan
+
+    config = load_config(EXPERIMENTS / f"{name}.toml")
+    jobs = {job.name: job.config for job in plan(config)}
+    assert set(jobs) == {f"seed-42/{kind}" for kind in ("data", "base", "dpo", "simpo", "bvpo")}
+    for kind in ("dpo", "simpo", "bvpo"):
+        ours, recipe = values(jobs[f"seed-42/{kind}"]), values(load_config(RECIPES / model / f"{kind}.toml"))
+        parts = ("model.", "train.", *(("sample.", "score.", "pair.") if kind == "bvpo" else ()))
+        found = {key for key in ours if key.startswith(parts) and ours[key] != recipe[key]}
+        assert found <= {"train.reference_cache", "sample.splits", "pair.export"}, (kind, found)
+    cost = bounds(config)
+    assert cost.trained_methods == 3 and cost.samples and cost.steps_per_method and cost.evaluation_tokens
 
 
 @pytest.fixture(scope="module")
