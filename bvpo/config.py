@@ -370,6 +370,8 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32", "pure_bf16"] = "auto"
     """'bf16' is autocast over fp32 weights ('auto' takes it on GPUs that have it, else fp32). 'pure_bf16' weights lose
     most updates at small learning rates."""
+    dropout: bool = False
+    """Train with the dropout and router noise that the model has. Off, policy and reference compute the same."""
     reference: Literal["cached", "held", "adapter"] = "cached"
     """Reference log-probs: computed once and kept on disk, a second model in memory, or the base under the adapter."""
     reference_cache: str = ""

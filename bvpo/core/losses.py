@@ -84,12 +84,15 @@ class Loss:
     ``zero_trace_bias_at_reference``: with traces drawn from the reference at T = 1, the expected gradient of the trace
     view's loss at policy = reference equals the gradient of the marginal loss (b_t = 0; docs/losses.md gives the reason
     for each loss, and a test enumerates it exactly).
+    ``at_reference`` gives the loss of every pair at policy = reference from the same keywords; None where it depends on more
+    than these. The first loss of a run is checked against it.
     """
 
     fn: Callable[..., PairLoss]
     params: tuple[str, ...]
     needs_reference: bool
     zero_trace_bias_at_reference: bool
+    at_reference: Callable[..., float] | None = None
     doc: str
 
 
@@ -195,6 +198,10 @@ def _pair_loss(loss: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -
     return PairLoss(loss=loss, chosen_rewards=chosen_rewards.detach(), rejected_rewards=rejected_rewards.detach())
 
 
+def _log_two(**_: float) -> float:
+    return math.log(2)  # -log sigmoid(0), whichever way the labels are smoothed
+
+
 # --- the registry ----------------------------------------------------------------------------------------------------
 
 LOSSES: dict[str, Loss] = {
@@ -203,6 +210,7 @@ LOSSES: dict[str, Loss] = {
         params=("beta", "label_smoothing"),
         needs_reference=True,
         zero_trace_bias_at_reference=True,
+        at_reference=_log_two,
         doc="DPO: -log sigmoid of the beta-scaled log-ratio margin; label_smoothing makes it conservative (cDPO)",
     ),
     "dpo_norm": Loss(
@@ -210,6 +218,7 @@ LOSSES: dict[str, Loss] = {
         params=("beta",),
         needs_reference=True,
         zero_trace_bias_at_reference=False,  # 1 / length of each sampled trace weights its gradient
+        at_reference=_log_two,
         doc="length-normalised DPO: -log sigmoid of the beta-scaled margin of per-token log-ratios",
     ),
     "ipo": Loss(
@@ -217,6 +226,7 @@ LOSSES: dict[str, Loss] = {
         params=("beta",),
         needs_reference=True,
         zero_trace_bias_at_reference=False,  # 1 / length of each sampled trace weights its gradient
+        at_reference=lambda beta: 1 / (2 * beta) ** 2,
         doc="IPO: squared distance of the per-token log-ratio margin from 1 / (2 beta)",
     ),
     "hinge": Loss(
@@ -224,6 +234,7 @@ LOSSES: dict[str, Loss] = {
         params=("beta",),
         needs_reference=True,
         zero_trace_bias_at_reference=True,
+        at_reference=lambda beta: 1.0,
         doc="hinge (SLiC / RSO): max(0, 1 - the DPO margin)",
     ),
     "robust": Loss(
@@ -231,6 +242,7 @@ LOSSES: dict[str, Loss] = {
         params=("beta", "label_smoothing"),
         needs_reference=True,
         zero_trace_bias_at_reference=True,
+        at_reference=_log_two,
         doc="robust DPO: unbiased under labels that flip with chance label_smoothing",
     ),
     "rdpo": Loss(

@@ -75,6 +75,7 @@ class BVPOConfig(TrainingArguments):
     layout: str = field(default="auto", metadata={"help": "auto, tree, packed or padded."})
     backward: str = field(default="micro_batch", metadata={"help": "micro_batch, or sequence (cached gradients)."})
     precision: str = field(default="auto", metadata={"help": "auto, bf16, fp32 or pure_bf16."})
+    dropout: bool = field(default=False, metadata={"help": "Train with the model's own dropout and router noise."})
     reference: str = field(default="cached", metadata={"help": "cached, held or adapter."})
     reference_cache: str = field(default="", metadata={"help": "Folder of cached reference log-probs."})
     head_chunk: int = field(default=256, metadata={"help": "Rows whose vocabulary logits exist at one time."})
@@ -189,6 +190,7 @@ _SAME_NAME = (
     "quads_per_step",
     "backward",
     "precision",
+    "dropout",
     "reference",
     "reference_cache",
     "last_step",

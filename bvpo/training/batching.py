@@ -59,6 +59,7 @@ class EpochPlan:
     order: npt.NDArray[np.int64] = field(repr=False)
     num_tokens: npt.NDArray[np.int64] = field(repr=False)
     has_view: npt.NDArray[np.bool_] = field(repr=False)
+    num_rows: npt.NDArray[np.int64] | None = field(repr=False, default=None)
 
     def quads(self, i: int) -> npt.NDArray[np.int64]:
         """Indices of the quads of step ``i``, in epoch order; they do not depend on ``world_size``."""
@@ -71,7 +72,7 @@ class EpochPlan:
         indices = self.quads(i)
         sizes: list[int] = self.num_tokens[indices].tolist()
         ranks = _balance(indices.tolist(), sizes, self.world_size)
-        bins = [_micro_batches(rank, self.tokens_per_micro_batch) for rank in ranks]
+        bins = [_micro_batches(rank, self.tokens_per_micro_batch, self.num_rows) for rank in ranks]
         depth = max(len(rank) for rank in bins)
         counts = self.has_view[indices].sum(axis=0)
         return StepPlan(
@@ -95,11 +96,14 @@ def plan_epoch(
     seed: int,
     epoch: int,
     last_step: LastStep,
+    num_rows: npt.ArrayLike | None = None,
 ) -> EpochPlan:
     """Plan epoch ``epoch`` over ``num_tokens`` [N] and ``has_view`` [N, 2] (columns in the order of ``VIEWS``).
 
-    ``tokens_per_micro_batch=None`` makes one quad per micro-batch; a quad longer than the budget gets its own. The last
-    step, when ``quads_per_step`` does not divide N, is shorter (``keep``) or left out and counted (``drop``).
+    ``num_tokens`` is what a quad alone takes. With ``num_rows`` [N] these are padded rows: each quad has so many of equal
+    width, and a micro-batch is as wide as its widest. ``tokens_per_micro_batch=None`` makes one quad per micro-batch; a quad
+    longer than the budget gets its own. The last step, when ``quads_per_step`` does not divide N, is shorter (``keep``) or
+    left out and counted (``drop``).
     """
     tokens = np.asarray(num_tokens, dtype=np.int64)
     views = np.asarray(has_view, dtype=np.bool_)
@@ -123,6 +127,7 @@ def plan_epoch(
         order=epoch_order(total, seed=seed, epoch=epoch),
         num_tokens=tokens,
         has_view=views,
+        num_rows=None if num_rows is None else np.asarray(num_rows, dtype=np.int64),
     )
 
 
@@ -162,7 +167,9 @@ def _balance(indices: Sequence[int], sizes: Sequence[int], world_size: int) -> l
     return ranks
 
 
-def _micro_batches(items: Sequence[tuple[int, int]], budget: int | None) -> list[MicroBatch]:
+def _micro_batches(
+    items: Sequence[tuple[int, int]], budget: int | None, num_rows: npt.NDArray[np.int64] | None
+) -> list[MicroBatch]:
     """Pack (size, index) items, longest first, into micro-batches of at most ``budget`` tokens, fullest first.
 
     Best-fit decreasing: an item goes where it leaves the least room. Fullest first, so that ranks which run in lockstep
@@ -170,6 +177,8 @@ def _micro_batches(items: Sequence[tuple[int, int]], budget: int | None) -> list
     """
     if budget is None:
         return [(index,) for _, index in items]
+    if num_rows is not None:
+        return _padded_micro_batches([(size // int(num_rows[i]), int(num_rows[i]), i) for size, i in items], budget)
     bins: list[list[int]] = []
     loads: list[int] = []
     rooms: list[tuple[int, int]] = []  # sorted (room left, bin) of the bins that can still take something
@@ -187,6 +196,23 @@ def _micro_batches(items: Sequence[tuple[int, int]], budget: int | None) -> list
             insort(rooms, (budget - loads[number], number))
     order = sorted(range(len(bins)), key=lambda number: (-loads[number], number))
     return [tuple(bins[number]) for number in order]
+
+
+def _padded_micro_batches(items: Sequence[tuple[int, int, int]], budget: int) -> list[MicroBatch]:
+    """(width, rows, index) items into micro-batches of at most ``budget`` tokens, padding included; largest first.
+
+    Neighbours in width go together, so that little is padded.
+    """
+    bins: list[tuple[int, list[int]]] = []
+    widest = rows = 0
+    for width, count, index in sorted(items, key=lambda item: (-item[0], item[2])):
+        if bins and (rows + count) * widest <= budget:
+            rows += count
+            bins[-1] = ((rows * widest), [*bins[-1][1], index])
+        else:
+            widest, rows = width, count
+            bins.append((rows * widest, [index]))
+    return [tuple(members) for _, members in sorted(bins, key=lambda found: -found[0])]
 
 
 def _check_positive(**values: int | None) -> None:

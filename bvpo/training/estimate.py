@@ -8,6 +8,7 @@ about 1.5, and say so. Time is not guessed here: the progress bar knows it once 
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,8 @@ GIB = 1024**3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """Memory in bytes per device; tokens are those that the model processes (shared prefixes once in the tree)."""
+    """Memory in bytes per device; tokens are those that the model processes in the layout that it most likely gets (shared
+    prefixes once in the tree, padding counted in padded rows)."""
 
     parameters: int
     trainable: int
@@ -72,9 +74,12 @@ def estimate_run(
     width = 2 if args.precision == "pure_bf16" else 4
     compute_width = 2 if args.bf16 or args.precision == "pure_bf16" else 4
     autocast_copy = 2 * parameters if args.bf16 else 0
+    layout = _likely_layout(model, args)
+    run_tokens, num_rows = tokens.run_tokens(layout)
     plan = plan_epoch(
-        tokens.group_tokens,
+        run_tokens,
         tokens.group_has_view,
+        num_rows=num_rows,
         quads_per_step=args.quads_per_step or 1,
         tokens_per_micro_batch=args.tokens_per_micro_batch,
         world_size=max(1, args.world_size),
@@ -83,7 +88,8 @@ def estimate_run(
         last_step=args.last_step,  # type: ignore[arg-type]
     )
     steps = args.max_steps if args.max_steps > 0 else round(plan.num_steps * args.num_train_epochs)
-    per_epoch = int(tokens.num_tokens.sum())
+    per_epoch = int(run_tokens.sum())
+    largest = int(run_tokens.max())
     has_reference_pass = args.reference == "cached" and not needs_held_reference and LOSSES[args.loss].needs_reference
     dense = parameters - (0 if config.get_text_config().tie_word_embeddings else _embedding_size(model))
     return Estimate(
@@ -91,15 +97,55 @@ def estimate_run(
         trainable=trainable,
         weights=width * parameters // sharded,
         gradients=width * trainable // sharded,
-        optimizer=2 * width * trainable // sharded,
+        optimizer=_optimizer_bytes(model, args, lora_rank, width) // sharded,
         reference=width * parameters // sharded if needs_held_reference else 0,
-        activations=_activations(config.get_text_config(), tokens, args, compute_width) + autocast_copy // sharded,
+        activations=_activations(config.get_text_config(), largest, args, compute_width) + autocast_copy // sharded,
         quads=tokens.num_groups,
         optimizer_steps=steps,
         tokens_per_epoch=per_epoch,
         train_flops=6.0 * dense * per_epoch * steps / max(1, plan.num_steps),
         reference_flops=2.0 * dense * per_epoch if has_reference_pass else 0.0,
     )
+
+
+def _likely_layout(model: Any, args: BVPOConfig) -> str:
+    """The layout asked for; for 'auto' what the class tells before the trainer measures it."""
+    if args.layout != "auto":
+        return args.layout
+    shares = getattr(model, "_supports_attention_backend", False) and not getattr(model, "_is_stateful", False)
+    return "tree" if shares else "padded"
+
+
+# Numbers that an optimizer keeps for each weight, by its name in TrainingArguments.optim. 8-bit ones are bitsandbytes' or
+# torchao's; "_factored" stands for adafactor's row and column means. Names that are not here count as nothing, because
+# only what is certain may refuse a run.
+_STATES = {
+    "adamw": 2.0, "ademamix": 3.0, "lion": 1.0, "rmsprop": 1.0, "adagrad": 1.0, "schedule_free": 2.0, "stable_adamw": 2.0,
+    "grokadamw": 3.0,
+}  # fmt: skip
+_BLOCKWISE = 1.0 + 4.0 / 256  # bytes of an 8-bit number and its share of its block's scale
+
+
+def _optimizer_bytes(model: Any, args: BVPOConfig, lora_rank: int | None, width: int) -> int:
+    """Bytes of the optimizer's state that must be on the device: none of a paged one, which moves to the host."""
+    name = str(getattr(args.optim, "value", args.optim))
+    shapes: list[tuple[int, ...]]
+    shapes = [tuple(p.shape) for p in model.parameters()] if lora_rank is None else _lora_shapes(model, lora_rank)
+    sizes = [math.prod(shape) for shape in shapes]
+    if name.startswith("paged") or "layerwise" in name or "galore" in name or "apollo" in name:
+        return 0
+    if name == "adafactor":
+        factored = [math.prod(s[:-1]) + math.prod((*s[:-2], s[-1])) if len(s) >= 2 else math.prod(s) for s in shapes]
+        return 4 * sum(factored)
+    count = next((states for part, states in _STATES.items() if name.startswith(part)), 0.0)
+    if "4bit" in name:
+        return int(count * sum(sizes) / 2)
+    if "8bit" in name:
+        # bitsandbytes keeps embeddings and small tensors wide
+        table = tuple(model.get_input_embeddings().weight.shape) if lora_rank is None else None
+        wide = sum(n for n, shape in zip(sizes, shapes, strict=True) if n < 4096 or shape == table)
+        return int(count * (4 * wide + _BLOCKWISE * (sum(sizes) - wide)))
+    return int(count * width * sum(sizes))
 
 
 def _is_sharded(args: BVPOConfig) -> bool:
@@ -117,14 +163,17 @@ def _embedding_size(model: Any) -> int:
 
 
 def _lora_parameters(model: Any, rank: int) -> int:
+    return sum(math.prod(shape) for shape in _lora_shapes(model, rank))
+
+
+def _lora_shapes(model: Any, rank: int) -> list[tuple[int, ...]]:
     head = model.get_output_embeddings()
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-    return sum(rank * (m.in_features + m.out_features) for m in linears)
+    return [shape for m in linears for shape in ((rank, m.in_features), (m.out_features, rank))]
 
 
-def _activations(text: Any, tokens: TokenDataset, args: BVPOConfig, width: int) -> int:
+def _activations(text: Any, longest: int, args: BVPOConfig, width: int) -> int:
     """Bytes kept for backward by the largest micro-batch, plus the head's chunk of vocabulary scores."""
-    longest = int(tokens.group_tokens.max())
     held = max(longest, args.tokens_per_micro_batch or 0)
     if args.backward == "sequence":
         held = min(held, args.max_length)

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from bvpo.strict import UserError
 from bvpo.training import policy, reference
 from bvpo.training.layout import split_branches
 from bvpo.training.objective import Objective, Sums, Weights
@@ -30,7 +31,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepRunner:
-    """Everything a step needs besides model and data. ``reference_model`` is None unless a reference is held."""
+    """Everything a step needs besides model and data. ``reference_model`` is None unless a reference is held; ``watch``
+    sees the sums of every micro-batch."""
 
     objective: Objective
     accelerator: Accelerator
@@ -41,6 +43,7 @@ class StepRunner:
     chunk: int
     anchor_tokens: Any
     is_sharded: bool
+    watch: Callable[[MicroBatch, Sums, Weights], None] | None = None
 
     def run(self, model: nn.Module, step: StepBatch, weights: Weights) -> tuple[Tensor, Tensor, int]:
         """Accumulates the step's gradients; returns this rank's loss share, statistics and processed tokens."""
@@ -73,12 +76,18 @@ class StepRunner:
             with reference.frozen(held), reference.adapter_off(bare):
                 ref_sums = reference.reference_sums(held, layout, self.chunk)
         out = branch_outputs(model, layout, **request)
+        if torch.is_grad_enabled() and not out.requires_grad:
+            raise UserError(
+                "model: no gradient reaches its log-probs; a part of it runs under no_grad, or all is frozen"
+            )
         return Sums(policy=out[..., : ANSWER + 1], reference=ref_sums, lengths=micro_batch.lengths_Q42, kl=out[..., KL])
 
     def loss(self, model: nn.Module, micro_batch: MicroBatch, weights: Weights) -> tuple[Tensor, Tensor, Sums]:
         """The micro-batch's share of the step's loss, its statistics, and the sums they came from."""
         with self.autocast():
             sums = self.sums(model, micro_batch)
+        if self.watch is not None:
+            self.watch(micro_batch, sums, weights)
         loss, statistics = self.objective(sums, micro_batch.present_index, weights, micro_batch.trace_groups)
         return (0.0 * loss if micro_batch.is_filler else loss), statistics, sums
 

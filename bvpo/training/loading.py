@@ -108,8 +108,9 @@ def check_precision(model: nn.Module, args: BVPOConfig) -> None:
     if not trainable:
         raise UserError("model: no parameter requires a gradient")
     if args.backward == "sequence":
-        active = [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
-        if active or getattr(model.config, "attention_dropout", 0.0):
+        from bvpo.training.dropout import has_dropout
+
+        if has_dropout(model):
             raise UserError("backward: 'sequence' runs each forward twice and needs dropout 0")
 
 

@@ -84,6 +84,28 @@ class Objective:
                 "has no reference; use another loss, or 'joint'"
             )
 
+    @property
+    def loss_at_reference(self) -> float | None:
+        """The loss of every pair at policy = reference, where the registry declares one."""
+        declared = self._loss.at_reference
+        return None if declared is None else declared(**self._hyperparameters)
+
+    def move_at_reference(self, nats: float, length: int) -> float:
+        """How far the loss of a pair moves from there when its log-ratio margin is off by that much."""
+        half = torch.tensor([nats / 2, -nats / 2], dtype=torch.float64)
+        zero, lengths = torch.zeros_like(half), torch.full((2,), length)
+        pair = PairLogps(
+            chosen=half,
+            rejected=-half,
+            ref_chosen=zero,
+            ref_rejected=zero,
+            chosen_lengths=lengths,
+            rejected_lengths=lengths,
+        )
+        start = self.loss_at_reference
+        assert start is not None
+        return float((self._loss.fn(pair, **self._hyperparameters).loss - start).abs().max())
+
     def __call__(
         self, sums: Sums, present: tuple[Tensor, Tensor], weights: Weights, groups: TraceGroups | None = None
     ) -> tuple[Tensor, Tensor]:

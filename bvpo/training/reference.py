@@ -102,8 +102,10 @@ class ReferencePass:
 
     def _compute(self, dataset: TokenDataset, keys: Sequence[bytes], model: nn.Module) -> None:
         wanted = set(self._cache.missing(keys))
-        todo = sorted((i for i, key in enumerate(keys) if key in wanted), key=lambda i: -int(dataset.num_tokens[i]))
-        groups = _group(todo, dataset.num_tokens, self._budget)
+        sizes, rows = dataset.row_tokens(self._layout)
+        widths = sizes if rows is None else sizes // rows
+        todo = sorted((i for i, key in enumerate(keys) if key in wanted), key=lambda i: -int(widths[i]))
+        groups = _group(todo, widths, rows, self._budget)
         rounds = -(-len(groups) // self._world_size)
         logger.info("reference log-probs: %d of %d quads to compute", len(todo), len(keys))
         bar = tqdm(total=rounds, desc="reference log-probs", disable=not self._show, unit="batch")
@@ -152,15 +154,17 @@ def _keys(dataset: TokenDataset) -> list[bytes]:
     return [quad_key(dataset[i]) for i in range(len(dataset))]
 
 
-def _group(indices: Sequence[int], num_tokens: np.ndarray, budget: int | None) -> list[list[int]]:
-    """Consecutive quads of similar length, as many as fit the token budget."""
+def _group(indices: Sequence[int], widths: np.ndarray, rows: np.ndarray | None, budget: int | None) -> list[list[int]]:
+    """Consecutive quads of similar length, longest first, as many as fit the token budget. ``rows`` of quads in padded rows:
+    each is as wide as the group's first."""
     groups: list[list[int]] = []
-    room = 0
+    room = width = 0
     for i in indices:
-        size = int(num_tokens[i])
+        size = int(widths[i]) if rows is None else int(rows[i]) * width
         if budget is None or size > room:
             groups.append([i])
-            room = (budget or 0) - size
+            width = int(widths[i])
+            room = (budget or 0) - width * (1 if rows is None else int(rows[i]))
         else:
             groups[-1].append(i)
             room -= size

@@ -121,7 +121,9 @@ class StepDataset(Dataset[dict[str, StepBatch]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        self.plan = plan_epoch(self.tokens.group_tokens, self.tokens.group_has_view, epoch=epoch, **self._plan_args)
+        num_tokens, num_rows = self.tokens.run_tokens(self.layout)
+        views = self.tokens.group_has_view
+        self.plan = plan_epoch(num_tokens, views, epoch=epoch, num_rows=num_rows, **self._plan_args)
 
     def __len__(self) -> int:
         return self.plan.num_steps

@@ -93,6 +93,9 @@ class TokenDataset:
         )
         self.has_view: npt.NDArray[np.bool_] = bounds[:, [1, 7]] >= 0
         num_branches = (bounds[:, [1, 4, 7, 10]] >= 0).sum(axis=1)
+        longest = np.maximum(bounds[:, [1, 4, 7, 10]].max(axis=1, initial=0), 0)
+        self._widths: npt.NDArray[np.int64] = (bounds[:, 0] + longest).astype(np.int64)
+        self._branches: npt.NDArray[np.int64] = num_branches
         self.num_sequence_tokens: npt.NDArray[np.int64] = self.num_tokens + bounds[:, 0] * (num_branches - 1)
         # Only data with several traces says so, so that files from before groups existed are still read.
         sizes = summary.get("groups") or [1] * len(self)
@@ -112,7 +115,23 @@ class TokenDataset:
     @property
     def group_tokens(self) -> npt.NDArray[np.int64]:
         """``num_tokens`` of whole groups; [G]."""
-        return np.add.reduceat(self.num_tokens, self.group_starts[:-1]) if self.has_groups else self.num_tokens
+        return self._of_groups(np.add, self.num_tokens)
+
+    def row_tokens(self, layout: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
+        """Tokens that each quad puts through the model, padding included, and for padded rows their number; [N]."""
+        if layout == "padded":
+            return self._branches * self._widths, self._branches
+        return self.num_sequence_tokens if layout == "packed" else self.num_tokens, None
+
+    def run_tokens(self, layout: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
+        """The same of whole groups; [G]."""
+        if layout != "padded":
+            return self._of_groups(np.add, self.row_tokens(layout)[0]), None
+        rows = self._of_groups(np.add, self._branches)
+        return rows * self._of_groups(np.maximum, self._widths), rows
+
+    def _of_groups(self, function: np.ufunc, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return function.reduceat(values, self.group_starts[:-1]) if self.has_groups else values
 
     @property
     def group_has_view(self) -> npt.NDArray[np.bool_]:

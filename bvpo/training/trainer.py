@@ -11,6 +11,7 @@ One pair's way: records.Quad -> tokens.tokenize_quad -> layout.build_tree -> pol
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
 import math
@@ -28,9 +29,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from bvpo.core.mixing import AlphaSource
 from bvpo.records import View
 from bvpo.strict import UserError
-from bvpo.training import policy, reference
+from bvpo.training import dropout, policy, reference
 from bvpo.training.arguments import BVPOConfig
 from bvpo.training.callbacks import Bookkeeping, use_concise_progress
+from bvpo.training.first_step import FirstStep, starts_at_reference, tolerance
 from bvpo.training.gradients import StepRunner
 from bvpo.training.identity import check_checkpoint, decisive_arguments
 from bvpo.training.loading import (
@@ -104,6 +106,8 @@ class BVPOTrainer(Trainer):
         policy.install(base)
         self.layout = agree(args, lambda: policy.choose_layout(base, args.layout))
         policy.use_layout(base, self.layout)
+        dropout.switch_off(base, self.layout, args)
+        _say_router_loss(base, args)
         model = with_adapter(model, peft_config, args)
         check_precision(model, args)
         self.reference_model = self._hold_reference(model, ref_model, args)
@@ -112,6 +116,9 @@ class BVPOTrainer(Trainer):
         eval_tokens = self._tokens(eval_dataset, processing_class, base, args, "eval")
         self._train_steps = None if train_tokens is None else self._steps(train_tokens, args, args.last_step)
         self._eval_steps = None if eval_tokens is None else self._steps(eval_tokens, args)  # all of them
+        # Until a step has shown a gradient; policy = reference holds for a first step alone.
+        self._is_unproved = True
+        self._starts_at_reference = not args.dropout and ref_model is None and starts_at_reference(model, peft_config)
         self._statistics: Tensor | None = None
         self._tokens_seen = 0
         self._alpha = float("nan")
@@ -325,13 +332,34 @@ class BVPOTrainer(Trainer):
         if self.is_in_train:
             self._look_at_noise(model, runner, step)
         weights = Weights.of(alpha, step.pairs, self.args.anchor_weight)
-        loss, statistics, num_tokens = runner.run(model, step, weights)
+        if self._is_unproved and self.is_in_train:
+            loss, statistics, num_tokens = self._prove(model, runner, step, weights)
+        else:
+            loss, statistics, num_tokens = runner.run(model, step, weights)
         self._statistics = statistics if self._statistics is None else self._statistics + statistics
         self._tokens_seen += num_tokens
         self._alpha = alpha
         self._last_loss = loss.detach()
         # transformers averages this over ranks for its log; our share is a part of a sum.
         return loss * max(1, self.args.world_size)
+
+    def _prove(
+        self, model: nn.Module, runner: StepRunner, step: StepBatch, weights: Weights
+    ) -> tuple[Tensor, Tensor, int]:
+        """A step that is watched, and refused where it shows that training would be silently wrong."""
+        is_start = self._starts_at_reference and self.state.global_step == 0
+        device = self.accelerator.device
+        allowed = tolerance(model, self.accelerator.mixed_precision, device) if is_start else None
+        first = FirstStep(self.objective, allowed)
+        loss, statistics, num_tokens = dataclasses.replace(runner, watch=first.watch).run(model, step, weights)
+        found = torch.cat([loss.detach().reshape(1).double(), statistics.flatten().double()])
+        # DeepSpeed keeps gradients to itself, and some optimizers use them up during the backward pass.
+        is_readable = not self.is_deepspeed_enabled and not any(
+            n in str(self.args.optim) for n in ("lomo", "layerwise")
+        )
+        self._is_unproved = not first.judge(step, weights, found, self.accelerator, model if is_readable else None)
+        self._starts_at_reference = False
+        return loss, statistics, num_tokens
 
     def _look_at_noise(self, model: nn.Module, runner: StepRunner, step: StepBatch) -> None:
         """After this step's alpha was fixed, so that it does not depend on the noise of the gradient that it weighs."""
@@ -468,6 +496,16 @@ class BVPOTrainer(Trainer):
         if adapter := adapter_settings(self.accelerator.unwrap_model(self.model)):
             found["adapter"] = adapter
         return decisive_arguments(cast(BVPOConfig, self.args)) | found | self.telemetry.identity()
+
+
+def _say_router_loss(model: Any, args: BVPOConfig) -> None:
+    config = model.config.get_text_config()
+    if (
+        hasattr(config, "output_router_logits")
+        and getattr(config, "router_aux_loss_coef", 0.0)
+        and not args.process_index
+    ):
+        logger.warning("%s: its routers' load-balancing loss is not added", type(model).__name__)
 
 
 # Fields of a model's configuration that do not change its log-probs (or, as dtype, have their own part in the key).

@@ -179,7 +179,14 @@ def test_pairs_of_one_prompt_are_found_and_compared(tmp_path):
 
 def trained(folder, quads=QUADS[:12], seed=2, model=None, **settings):
     model = model or tiny_causal_lm("qwen2", seed=seed, dtype=torch.float32, attention_dropout=0.2)
-    defaults = {"beta": 0.3, "learning_rate": 1e-3, "quads_per_step": 4, "max_steps": 3, "logging_steps": 1}
+    defaults = {
+        "beta": 0.3,
+        "learning_rate": 1e-3,
+        "quads_per_step": 4,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "dropout": True,
+    }
     trainer = make_trainer(folder, model, quads, **(defaults | settings))
     trainer.train()
     return trainer

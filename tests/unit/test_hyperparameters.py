@@ -34,6 +34,7 @@ CHANGED = {
     "train.score_empty_block": ("false", False),
     "train.quads_per_step": ("6", 6),
     "train.tokens_per_micro_batch": ("500", 500),
+    "train.dropout": ("true", True),
     "train.last_step": ("drop", "drop"),
     "train.layout": ("padded", "padded"),
     "train.backward": ("sequence", "sequence"),
