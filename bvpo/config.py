@@ -254,6 +254,11 @@ class PairConfig:
     """Smallest difference of the two scores, >= 0; pairs below it are dropped and counted."""
     max_pairs: int | None = None
     """Most pairs of a prompt and view for 'all_pairs', >= 1; none keeps all."""
+    no_answer: Literal["reject", "drop"] = "reject"
+    """A response of the empty view without an answer: 'reject' lets it lose to every answer of its prompt, so that falling
+    silent is taught against; 'drop' leaves it out (the paper). It is never chosen."""
+    no_answer_trace: Literal["reject", "drop"] = "drop"
+    """The same for the trace view, where most are traces that never closed: what is rejected is all that was sampled."""
     traces: int = 1
     """Most traces of each answer in a trace pair, >= 1; more than 1 are for train.trace_estimator 'traces'."""
     export: bool = True
