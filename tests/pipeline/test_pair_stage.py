@@ -430,7 +430,7 @@ def test_help_describes_the_stage(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_silence_is_rejected_counted_and_exported_as_far_as_the_form_holds_it(tmp_path: Path) -> None:
     """Mutation: an unclosed trace written with a closed one's fields, exported as if it had closed, silence left out of the
-    report, or the empty view's default not to reject."""
+    report, or rejected without being asked for."""
     rows = [
         (make_sample("p0", "trace", 0, "\n\nA", trace="t"), 1.0),
         (make_sample("p0", "trace", 1, None, finish="length"), None),
@@ -439,7 +439,8 @@ def test_silence_is_rejected_counted_and_exported_as_far_as_the_form_holds_it(tm
     ]
     folder = make_experiment(tmp_path, make_prompts(1), [sample for sample, _ in rows])
     write_scores(folder, (scored(sample, value) for sample, value in rows))
-    assert pair(write_config(tmp_path, "")) == 0
+    assert pair(write_config(tmp_path, "")) != 0, "nothing to pair unless silence may be rejected"
+    assert pair(write_config(tmp_path, "[pair]\nno_answer = 'reject'\n")) == 0
     (quad,) = quads_of(folder)
     assert quad.trace is None and quad.empty is not None and quad.empty.rejected.sample_key == rows[3][0].key
     assert quad.empty.rejected.score is None and report_of(folder)["views"]["empty"]["pairs_rejecting_silence"] == 1
