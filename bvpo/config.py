@@ -254,6 +254,11 @@ class PairConfig:
     """Smallest difference of the two scores, >= 0; pairs below it are dropped and counted."""
     max_pairs: int | None = None
     """Most pairs of a prompt and view for 'all_pairs', >= 1; none keeps all."""
+    no_answer: Literal["reject", "drop"] = "drop"
+    """A response of the empty view without an answer: 'reject' lets it lose to every answer of its prompt, so that falling
+    silent is taught against; 'drop' leaves it out (the paper). It is never chosen."""
+    no_answer_trace: Literal["reject", "drop"] = "drop"
+    """The same for the trace view, where most are traces that never closed: what is rejected is all that was sampled."""
     traces: int = 1
     """Most traces of each answer in a trace pair, >= 1; more than 1 are for train.trace_estimator 'traces'."""
     export: bool = True
@@ -480,8 +485,7 @@ class BenchmarkConfig:
     """Further metrics, each a function: more.correct = 'package.module:name'."""
     unclosed: dict[str, Any] = field(default_factory=dict)
     """What a response without an answer (its trace never closed, or nothing follows it) counts in a metric: a number, or
-    'none' to leave it out and count it, such as unclosed.reward = -3.0. Unless set, it is left out of metrics of the
-    experiment's scorer, where no number is natural, and counts 0 in those of functions."""
+    'none' to leave it out and count it, such as unclosed.reward = -3.0. Unless set, evaluate.no_answer says it."""
     num_samples: int | None = None
     """Samples per prompt and mode, >= 1, instead of evaluate.num_samples."""
     temperature: float | None = None
@@ -510,6 +514,9 @@ class EvaluateConfig:
     """Share of the probability that nucleus sampling keeps, in (0, 1]; 1 keeps all."""
     max_new_tokens: int = 8192
     """Longest response in tokens, >= 1; a trace that is cut has no answer."""
+    no_answer: Literal["count", "drop"] = "count"
+    """Responses without an answer: 'count' takes what a function says of the empty text, and the lowest score where the
+    scorer is a judge or a reward model; 'drop' leaves them out, and every line then says how many."""
     benchmarks: dict[str, Any] = field(default_factory=dict)
     """The benchmarks: a table [evaluate.benchmarks.NAME] for each; docs/evaluation.md lists its keys. Engine and scorer are
     those of [sample] and [score]."""

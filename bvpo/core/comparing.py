@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bvpo.core.evaluation import MODES, Mode, OverSeeds, PairedDifference, difference_over_seeds, mean_over_seeds
-from bvpo.core.results import SHARES, Runs, benchmarks_in, metrics_of, seed_values
+from bvpo.core.evaluation import MODES, Mode, OverSeeds, PairedDifference, mean_over_seeds
+from bvpo.core.results import SHARES, Runs, benchmarks_in, difference, metrics_of, seed_values
 from bvpo.strict import UserError, did_you_mean
 
 
@@ -78,7 +78,8 @@ def seeds_rows(pair: Pair, a: Runs, b: Runs, *, level: float = 0.95) -> Iterator
         for mode in MODES:
             for metric in metrics_of(a, benchmark, mode):
                 ours, theirs = (seed_values(runs, benchmark, mode, metric) for runs in (a, b))
-                if not ours.keys() & theirs.keys() or (metric in SHARES and not _any(ours) and not _any(theirs)):
+                found = difference((a, b), benchmark, mode, metric, level=level)
+                if found is None or (metric in SHARES and not _any(ours) and not _any(theirs)):
                     continue
                 yield SeedsRow(
                     method_a=pair[0],
@@ -88,7 +89,7 @@ def seeds_rows(pair: Pair, a: Runs, b: Runs, *, level: float = 0.95) -> Iterator
                     metric=metric,
                     mean_a=mean_over_seeds(_paired(ours, theirs)).value,
                     mean_b=mean_over_seeds(_paired(theirs, ours)).value,
-                    difference=difference_over_seeds(ours, theirs, level=level),
+                    difference=found,
                 )
 
 

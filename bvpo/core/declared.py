@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bvpo.core.evaluation import Mode, OverSeeds, difference_over_seeds
-from bvpo.core.results import DeclaredRow, Outcome, Runs, seed_values
+from bvpo.core.results import DeclaredRow, Outcome, Runs, difference, seed_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +43,10 @@ def declared_rows(
 
 def _row(one: Declared, runs: Mapping[str, Runs], beforehand: bool, num_seeds: int, level: float) -> DeclaredRow:
     key = (one.benchmark, one.mode, one.metric)
-    mine, theirs = (seed_values(runs.get(method, {}), *key) for method in (one.better, one.than))
-    result = difference_over_seeds(mine, theirs, level=level)
+    sides = (runs.get(one.better, {}), runs.get(one.than, {}))
+    result = difference(sides, *key, level=level)
+    if result is None:  # no seed in common yet
+        result = difference_over_seeds(*(seed_values(side, *key) for side in sides), level=level)
     return DeclaredRow(
         name=one.name,
         better=one.better,

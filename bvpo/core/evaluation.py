@@ -33,7 +33,9 @@ class Verdict:
 
     ``values`` holds a number per metric that counts this sample; a metric that does not has its reason in ``missing``.
     ``tokens`` are the sampled ones, ``trace_tokens`` those up to the end of the trace, closing marker included (all of them
-    where the trace never closed; ``None`` where its end is not known). ``cut``: stopped by the length limit.
+    where the trace never closed; ``None`` where its end is not known). ``cut``: stopped by the length limit. ``answered``:
+    whether any text follows the trace. ``at_lowest`` names the metrics in which this response, having no answer, counts as
+    the lowest score seen, and the most that it may count (:func:`share_lowest`).
     """
 
     prompt_id: str
@@ -45,17 +47,56 @@ class Verdict:
     trace_tokens: int | None
     closed: bool
     cut: bool = False
+    answered: bool = True
+    at_lowest: dict[str, Any] = field(default_factory=dict)
 
     @property
     def answer_tokens(self) -> int | None:
         return None if self.tokens is None or self.trace_tokens is None else self.tokens - self.trace_tokens
 
 
+UNCLOSED, EMPTY = "unclosed trace", "empty answer"
+"""Reasons in ``missing`` of a response without an answer that is left out because that was asked for."""
+
+
+def dropped(verdict: Verdict, metric: str) -> bool:
+    """Whether the metric leaves this response out for want of an answer."""
+    return metric not in verdict.values and verdict.missing.get(metric) in (UNCLOSED, EMPTY)
+
+
+def share_lowest(groups: Sequence[Sequence[Verdict]]) -> list[list[Verdict]]:
+    """The verdicts of one benchmark, of one model or of all that are compared, with one lowest score for silence.
+
+    In each metric it is the lowest value that any answer of any group got, in both modes. One number for all groups keeps
+    paired differences fair: with a number of its own, a model whose worst answer is better would be silent more cheaply.
+    """
+    lowest: dict[str, float] = {}
+    for verdict in (verdict for group in groups for verdict in group):
+        for metric, value in verdict.values.items():
+            if metric not in verdict.at_lowest:
+                lowest[metric] = min(float(value), lowest.get(metric, float(value)))
+    return [[_at_lowest(verdict, lowest) for verdict in group] for group in groups]
+
+
+def _at_lowest(verdict: Verdict, lowest: Mapping[str, float]) -> Verdict:
+    """What has no value and no bound anywhere stays missing: then nobody answered anything."""
+    found: dict[str, float] = {}
+    for metric, most in verdict.at_lowest.items():
+        if known := [value for value in (most, lowest.get(metric)) if value is not None]:
+            found[metric] = float(min(known))
+    if not verdict.at_lowest:
+        return verdict
+    kept = {metric: value for metric, value in verdict.values.items() if metric not in verdict.at_lowest}
+    missing = {metric: why for metric, why in verdict.missing.items() if metric not in found}
+    return replace(verdict, values={**kept, **found}, missing=missing)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricResult:
     """One metric in one mode. ``estimate`` is the mean over prompts of the mean over each prompt's samples: avg@k where k
     samples were drawn. ``binary``: every value is 0 or 1; ``pass_at`` (such samples only) maps k to the chance that one of k
-    samples is right. ``missing`` counts the samples that the metric leaves out, by reason."""
+    samples is right. ``missing`` counts the samples that the metric leaves out, by reason. ``silent`` counts the responses
+    without an answer that are in the estimate."""
 
     name: str
     estimate: Interval
@@ -63,6 +104,7 @@ class MetricResult:
     binary: bool
     pass_at: dict[str, Interval] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
+    silent: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +116,7 @@ class ModeResult:
     num_samples: int
     metrics: dict[str, MetricResult]
     unclosed: Interval
+    no_answer: Interval
     cut: Interval
     tokens: Interval
     trace_tokens: Interval
@@ -91,6 +134,7 @@ def summarize(verdicts: Iterable[Verdict], mode: Mode, metrics: Sequence[str], *
         num_samples=len(mine),
         metrics={name: _metric(mine, name, level) for name in metrics},
         unclosed=share_interval(means["unclosed"], drawn, level=level),
+        no_answer=share_interval(means["no answer"], drawn, level=level),
         cut=share_interval(means["cut"], drawn, level=level),
         tokens=mean_interval(means["tokens"], level=level),
         trace_tokens=mean_interval(means["trace tokens"], level=level),
@@ -114,9 +158,10 @@ MEASURES: dict[str, Callable[[Verdict], float | None]] = {
     "trace tokens": lambda verdict: verdict.trace_tokens,
     "answer tokens": lambda verdict: verdict.answer_tokens,
     "unclosed": lambda verdict: None if verdict.tokens is None else not verdict.closed,
+    "no answer": lambda verdict: None if verdict.tokens is None else not (verdict.closed and verdict.answered),
     "cut": lambda verdict: None if verdict.tokens is None else verdict.cut,
 }
-"""What is known of every sample beside its metrics; the last two are 0 or 1."""
+"""What is known of every sample beside its metrics; the last three are 0 or 1."""
 
 
 def _means(verdicts: Iterable[Verdict], of: Callable[[Verdict], float | None]) -> tuple[list[str], Floats]:
@@ -147,6 +192,7 @@ def _metric(verdicts: Sequence[Verdict], name: str, level: float) -> MetricResul
         binary=binary,
         pass_at=_pass_at(list(values.values()), level) if binary else {},
         missing=_most_common(missing),
+        silent=sum(name in verdict.values and not (verdict.closed and verdict.answered) for verdict in verdicts),
     )
 
 
@@ -183,7 +229,8 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedDifference:
     """``a - b`` on the prompts that both have. ``only_a`` and ``only_b`` count the prompts that the other lacks; ``better``,
-    ``equal`` and ``worse`` the common ones where a's value is higher, the same or lower."""
+    ``equal`` and ``worse`` the common ones where a's value is higher, the same or lower. ``num_asked`` and ``num_dropped``
+    as in :class:`OverSeeds`."""
 
     difference: Interval
     mean_a: float | None
@@ -194,6 +241,8 @@ class PairedDifference:
     better: int
     equal: int
     worse: int
+    num_asked: int = 0
+    num_dropped: int = 0
 
 
 def paired_difference(
@@ -225,7 +274,8 @@ class OverSeeds:
     prompts of its own, it holds their chance, too; where all seeds share the prompts, it is about these prompts.
     ``prompt_low, prompt_high``: what other prompts would give to the models of these very seeds. Either is ``None`` with
     fewer than two. ``num_values`` counts pairs of seed and prompt, ``only_a`` and ``only_b`` those that one side lacks,
-    ``left_out`` names the seeds without any value.
+    ``left_out`` names the seeds without any value. Of differences, ``num_asked`` counts the pairs that either side was asked
+    for, and ``num_dropped`` the responses of both that were left out for want of an answer.
     """
 
     value: float | None
@@ -241,6 +291,8 @@ class OverSeeds:
     left_out: tuple[str, ...] = ()
     only_a: int = 0
     only_b: int = 0
+    num_asked: int = 0
+    num_dropped: int = 0
 
 
 def mean_over_seeds(values: Mapping[Any, Mapping[str, float]], *, level: float = 0.95) -> OverSeeds:

@@ -1,8 +1,8 @@
 """Whether a final answer names the right number: the rule for benchmarks whose references are numbers (GSM8K, AIME, AMC).
 
 In: a conversation, the model's final answer and the prompt's metadata, as function scorers get them. Out: 1.0 or 0.0; it
-raises where the reference is no number. It compares values, not texts, and reads the last ``\\boxed{}``, else the last
-number of the answer. It knows no algebra: benchmarks with formulas need a grader that does.
+raises where the reference is no plain number. It compares values, not texts, and reads the last ``\\boxed{}``, which must
+hold a plain number and nothing else, else the last number of the answer. It knows no algebra.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:\s*/\s*\d+)?(?:[eE][-+]?\d{1,3})?(?![\d.]*\d)")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+_UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}\d]*\}$")
 _REFERENCE_FIELDS = ("reference", "answer", "target", "solution")
 
 
@@ -28,17 +29,32 @@ def reference_number(meta: Mapping[str, Any]) -> Fraction:
     """The reference of a problem; GSM8K writes it behind ``####``."""
     for name in _REFERENCE_FIELDS:
         if meta.get(name) is not None:
-            found = final_number(str(meta[name]).rpartition("####")[2])
+            text = str(meta[name]).rpartition("####")[2]
+            boxed = last_boxed(text)
+            found = plain_number(text if boxed is None else boxed)
             if found is None:
-                raise ValueError(f"field {name!r} holds no number: {str(meta[name])[:60]!r}")
+                raise ValueError(
+                    f"field {name!r} holds no number, or more than a number: {str(meta[name])[:60]!r}; grade formulas and "
+                    "words with a function of your own, FILE.py:NAME(messages, answer, meta)"
+                )
             return found
     raise ValueError(f"the prompt has no reference in any of {', '.join(_REFERENCE_FIELDS)}")
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number that a text ends up with: in its last ``\\boxed{}``, else the last one written."""
+    """The number that a text ends up with: in its last ``\\boxed{}``, else the last one written. A box with more than a
+    number, such as a formula, holds none: its digits say nothing."""
     boxed = last_boxed(text)
-    return _last_number(text if boxed is None else boxed)
+    return _last_number(text) if boxed is None else plain_number(boxed)
+
+
+def plain_number(text: str) -> Fraction | None:
+    """The value of a text that is one number and nothing else, up to dollar signs, a unit in ``\\text{}`` and a full stop.
+    A percentage is another number than its digits, and is none here."""
+    plain = _UNIT.sub("", _clean(text).replace("\\$", "").replace("$", "").strip()).strip().removesuffix(".")
+    plain = re.sub(r"^([-+])\s+", r"\1", plain)
+    found = _NUMBER.fullmatch(plain)
+    return _value(found[0]) if found and any(char.isdigit() for char in found[0]) else None
 
 
 def last_boxed(text: str) -> str | None:
@@ -53,12 +69,22 @@ def last_boxed(text: str) -> str | None:
 
 
 def _last_number(text: str) -> Fraction | None:
-    plain = _FRACTION.sub(r" \1/\2 ", text.replace("\\!", "").replace("{,}", ",").replace("−", "-"))
+    plain = _clean(text)
     last: Fraction | None = None
     for match in _NUMBER.finditer(plain):
         if any(char.isdigit() for char in match[0]):
             last = _value(match[0]) if _value(match[0]) is not None else last
     return last
+
+
+def _clean(text: str) -> str:
+    return _FRACTION.sub(_written, text.replace("\\!", "").replace("{,}", ",").replace("−", "-"))
+
+
+def _written(match: re.Match[str]) -> str:
+    """``-\\frac{1}{2}`` is -1/2: a sign in front stays with the number. ``3\\frac{1}{2}`` is not 31/2."""
+    before = match.string[: match.start()]
+    return f"{' ' if before[-1:].isdigit() else ''}{match[1]}/{match[2]} "
 
 
 def _value(text: str) -> Fraction | None:

@@ -2,8 +2,8 @@
 
 In: the candidates of one prompt in one view, in any order, and a :class:`~bvpo.config.PairConfig`. Out: a
 :class:`Selection`: pairs, or the one reason why there is none. Only distinct answers compete, a pair always has a
-higher and a lower score unless the tie policy says otherwise, and nothing depends on the order of the input. Reads no
-file and knows no text: equality of answers is equality of ``content``.
+higher and a lower score unless the tie policy says otherwise, silence (no answer) loses to every answer and is never
+chosen, and nothing depends on the order of the input. Reads no file and knows no text: equal ``content``, equal answer.
 """
 
 from __future__ import annotations
@@ -32,27 +32,29 @@ DROPS: dict[Drop, str] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One sampled response. ``content`` names its answer (equal answers, equal content; ``None``: no answer),
-    ``value`` is its score (``None``: none), ``length`` the answer's length in characters."""
+    ``value`` is its score (``None``: none), ``length`` the answer's length in characters. ``drawn`` is false where sampling
+    failed, so that there is nothing to train on."""
 
     key: str
     index: int
     content: str | None
     value: float | None
     length: int = 0
+    drawn: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """One pair; ``margin`` is the chosen score minus the rejected score, 0 where the tie policy decided. ``more`` are pairs
-    of further samples of the same two answers."""
+    """One pair; ``margin`` is the chosen score minus the rejected score, 0 where the tie policy decided, and ``None`` where
+    an answer meets silence, which has no score. ``more`` are pairs of further samples of the same two answers."""
 
     chosen: Candidate
     rejected: Candidate
     more: tuple[Choice, ...] = ()
 
     @property
-    def margin(self) -> float:
-        return _value(self.chosen) - _value(self.rejected)
+    def margin(self) -> float | None:
+        return None if self.rejected.content is None else _value(self.chosen) - _value(self.rejected)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,17 +69,22 @@ class Selection:
         assert bool(self.pairs) != bool(self.drop), "a selection has pairs or a reason, not both"
 
 
-def select_pairs(candidates: Sequence[Candidate], config: PairConfig, *, name: str, seed: int) -> Selection:
-    """The pairs of one prompt in one view. ``name`` (of both) and ``seed`` decide what ``top_vs_random`` draws."""
+def select_pairs(
+    candidates: Sequence[Candidate], config: PairConfig, *, name: str, seed: int, reject_silence: bool = False
+) -> Selection:
+    """The pairs of one prompt in one view. ``name`` (of both) and ``seed`` decide what ``top_vs_random`` draws.
+    ``reject_silence``: responses without an answer compete, as one that ranks below all answers."""
     answered = [c for c in candidates if c.content is not None]
     scored = [c for c in answered if c.value is not None]
-    drop = _nothing_to_compare(candidates, answered, scored)
+    silent = sorted((c for c in candidates if c.content is None and c.drawn), key=lambda c: (c.index, c.key))
+    last = silent[:1] if reject_silence and scored else []
+    drop = None if last else _nothing_to_compare(candidates, answered, scored)
     if drop is not None:
         return Selection(drop=drop)
-    ranked = sorted(_distinct(scored), key=_preference(config.ties))
+    ranked = [*sorted(_distinct(scored), key=_preference(config.ties)), *last]
     proposed = STRATEGIES[config.strategy](ranked, name, seed)
-    decided = [c for c in proposed if config.ties != "drop" or c.margin > 0]
-    kept = [c for c in decided if c.margin >= config.min_margin]
+    decided = [c for c in proposed if config.ties != "drop" or c.margin is None or c.margin > 0]
+    kept = [c for c in decided if c.margin is None or c.margin >= config.min_margin]
     if not kept:
         return Selection(drop="below_margin" if decided else "tie")
     most = len(kept) if config.max_pairs is None else config.max_pairs
@@ -113,6 +120,8 @@ def with_traces(choice: Choice, candidates: Iterable[Candidate], most: int) -> C
     """The pair with ``more``: at most ``most`` pairs in all, as many as both answers have samples for, each answer's in the
     order of sampling. ``candidates`` are those of the same prompt and view. Equal traces all stay: what is estimated from
     them is a mean over draws, and how often a trace was drawn is its weight."""
+    if choice.rejected.content is None:
+        return choice  # silence has no answer that several traces could lead to
     scored = sorted((c for c in candidates if c.value is not None), key=lambda c: (c.index, c.key))
     chosen, rejected = (_traces(one, scored) for one in (choice.chosen, choice.rejected))
     found = [Choice(chosen=c, rejected=r) for c, r in zip(chosen, rejected, strict=False)]
@@ -155,9 +164,12 @@ def top_vs_random(ranked: Sequence[Candidate], name: str, seed: int) -> list[Cho
 
 
 def all_pairs(ranked: Sequence[Candidate], name: str, seed: int) -> list[Choice]:
-    """Every two of them, the widest margins first."""
+    """Every two of them, the widest margins first. An answer meets silence behind the pair in which it meets the lowest
+    score, so that ``max_pairs`` does not keep silence alone."""
     pairs = [Choice(chosen=a, rejected=b) for a, b in itertools.combinations(ranked, 2)]
-    return sorted(pairs, key=lambda pair: -pair.margin)  # stable: equal margins stay in order of preference
+    lowest = min(_value(c) for c in ranked if c.content is not None)
+    margins = {id(pair): _value(pair.chosen) - lowest if pair.margin is None else pair.margin for pair in pairs}
+    return sorted(pairs, key=lambda pair: -margins[id(pair)])  # stable: equal margins stay in order of preference
 
 
 STRATEGIES: dict[str, Strategy] = {"best_worst": best_worst, "top_vs_random": top_vs_random, "all_pairs": all_pairs}

@@ -26,6 +26,7 @@ class ViewReport:
     num_paired: int = 0  # prompts
     num_pairs: int = 0
     num_cut: int = 0  # pairs over max_pairs
+    num_silent: int = 0  # pairs whose rejected response has no answer
     margins: list[float] = field(default_factory=list)
     tokens: dict[str, list[int]] = field(default_factory=lambda: {"chosen": [], "rejected": []})
     unfinished: Counter[str] = field(default_factory=Counter)
@@ -38,6 +39,7 @@ class ViewReport:
             "prompts_dropped": {reason: self.dropped[reason] for reason in DROPS if self.dropped[reason]},
             "pairs": self.num_pairs,
             "pairs_over_max": self.num_cut,
+            "pairs_rejecting_silence": self.num_silent,
             "margin": quantiles(self.margins),
             "tokens": {side: quantiles(lengths) for side, lengths in self.tokens.items()},
             "chosen_longer": _share(sum(c > r for c, r in zip(*self.tokens.values(), strict=True)), self.num_pairs),
@@ -64,6 +66,7 @@ class Report:
         one = self.views[view]
         one.num_cut += selection.num_cut
         one.num_pairs += len(selection.pairs)
+        one.num_silent += sum(pair.rejected.content is None for pair in selection.pairs)
         if selection.drop is None:
             one.num_paired += 1
         else:
@@ -81,8 +84,8 @@ class Report:
             yield quad
 
     def _measure(self, one: ViewReport, pair: Pair) -> None:
-        assert pair.chosen.score is not None and pair.rejected.score is not None
-        one.margins.append(pair.chosen.score - pair.rejected.score)
+        if pair.chosen.score is not None and pair.rejected.score is not None:  # silence has no score
+            one.margins.append(pair.chosen.score - pair.rejected.score)
         for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             one.tokens[side].append(len(response.token_ids or ()))
             one.unfinished[side] += not response.finished

@@ -7,14 +7,24 @@ are also the schema of the file (docs/results.md); reading it back checks it. No
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from bvpo.core.calibration import CalibrationRow
-from bvpo.core.evaluation import MODES, Mode, OverSeeds, Verdict, difference_over_seeds, mean_over_seeds, prompt_values
+from bvpo.core.evaluation import (
+    MODES,
+    Mode,
+    OverSeeds,
+    Verdict,
+    difference_over_seeds,
+    dropped,
+    mean_over_seeds,
+    prompt_values,
+    share_lowest,
+)
 
 SCHEMA = 1
-SHARES = ("tokens", "trace_tokens", "unclosed")
+SHARES = ("tokens", "trace_tokens", "unclosed", "no_answer")
 """What is reported of the samples beside the benchmark's own metrics."""
 CURVES = (
     "loss",
@@ -141,14 +151,43 @@ def difference_rows(
     for benchmark in benchmarks_in(runs):
         for mode in MODES:
             for metric in metrics_of(runs, benchmark, mode):
-                mine, theirs = (seed_values(side, benchmark, mode, metric) for side in (runs, baseline_runs))
-                if mine.keys() & theirs.keys():
-                    result = difference_over_seeds(mine, theirs, level=level)
+                result = difference((runs, baseline_runs), benchmark, mode, metric, level=level)
+                if result is not None:
                     row = DifferenceRow(
                         method=method, baseline=baseline, benchmark=benchmark, mode=mode, metric=metric, result=result
                     )
                     rows.append(row)
     return rows
+
+
+def difference(
+    sides: tuple[Runs, Runs], benchmark: str, mode: Mode, metric: str, *, level: float = 0.95
+) -> OverSeeds | None:
+    """The first side minus the second, with what was asked and what was dropped; ``None`` without a seed in common."""
+    mine, theirs = (seed_values(runs, benchmark, mode, metric) for runs in sides)
+    if not mine.keys() & theirs.keys():
+        return None
+    asked: set[tuple[str, str]] = set()
+    num_dropped = 0
+    for runs, seeds in ((runs, sides[0].keys() & sides[1].keys()) for runs in sides):
+        for seed in seeds:
+            for verdict in (one for one in runs[seed].get(benchmark, ()) if one.mode == mode):
+                asked.add((seed, verdict.prompt_id))
+                num_dropped += dropped(verdict, metric)
+    return replace(difference_over_seeds(mine, theirs, level=level), num_asked=len(asked), num_dropped=num_dropped)
+
+
+def with_one_lowest(sides: Sequence[Runs]) -> list[Runs]:
+    """The runs with one lowest score per benchmark over all of them and all their seeds (:func:`share_lowest`)."""
+    found: list[dict[str, dict[str, Sequence[Verdict]]]] = [
+        {seed: dict(of) for seed, of in runs.items()} for runs in sides
+    ]
+    for benchmark in dict.fromkeys(name for runs in sides for name in benchmarks_in(runs)):
+        places = [(runs, seed) for runs in found for seed in runs if benchmark in runs[seed]]
+        shared = share_lowest([runs[seed][benchmark] for runs, seed in places])
+        for (runs, seed), verdicts in zip(places, shared, strict=True):
+            runs[seed][benchmark] = verdicts
+    return list(found)
 
 
 def benchmarks_in(runs: Runs) -> list[str]:
@@ -181,7 +220,12 @@ def shares(verdicts: Iterable[Verdict], mode: Mode, name: str) -> dict[str, floa
     """Prompt -> mean over its samples of a number that every drawn sample has."""
     sums: dict[str, tuple[float, int]] = {}
     for verdict in verdicts:
-        value = {"tokens": verdict.tokens, "trace_tokens": verdict.trace_tokens, "unclosed": not verdict.closed}[name]
+        value = {
+            "tokens": verdict.tokens,
+            "trace_tokens": verdict.trace_tokens,
+            "unclosed": not verdict.closed,
+            "no_answer": not (verdict.closed and verdict.answered),
+        }[name]
         if verdict.mode == mode and verdict.tokens is not None and value is not None:
             total, count = sums.get(verdict.prompt_id, (0.0, 0))
             sums[verdict.prompt_id] = total + float(value), count + 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from bvpo.command import StageOptions
 from bvpo.config import (
@@ -24,6 +25,8 @@ from bvpo.scorers.function import FIELD, FunctionScorer
 from bvpo.store.benchmarks import BenchmarkPrompts, read_prompts
 from bvpo.strict import UserError
 from bvpo.tomltext import UNSET
+
+Rule = Literal["scored", "lowest"]
 
 
 def evaluated_model(config: ExperimentConfig) -> ModelConfig:
@@ -63,6 +66,7 @@ class Benchmark:
     config: ExperimentConfig
     read: BenchmarkPrompts
     more: dict[str, FunctionScorer] = field(default_factory=dict)
+    no_answer: Literal["count", "drop"] = "count"
 
     @property
     def folder(self) -> Path:
@@ -72,11 +76,32 @@ class Benchmark:
     def metrics(self) -> tuple[str, ...]:
         return (self.settings.metric, *self.settings.more)
 
-    def without_answer(self, metric: str) -> float | None:
-        """What a response without an answer counts; ``None`` leaves it out."""
-        of_scorer = metric == self.settings.metric and self.settings.scorer == "experiment"
-        value = self.settings.unclosed.get(metric, UNSET if of_scorer else 0.0)
-        return None if value == UNSET else float(value)
+    def without_answer(self, metric: str) -> float | Rule | None:
+        """What a response without an answer counts: a number, what the metric's function says of the empty text, or the
+        lowest score; ``None`` leaves it out."""
+        if metric in self.settings.unclosed:
+            value = self.settings.unclosed[metric]
+            return None if value == UNSET else float(value)
+        if self.no_answer == "drop":
+            return None
+        return "scored" if self._of_function(metric) else "lowest"
+
+    def most_for_silence(self, metric: str) -> float | None:
+        """The most that a response without an answer may count where it has no score. It loses every comparison of a judge,
+        or gets its lowest rating; a function that fails on the empty text finds nothing right; the scores of a reward model
+        have no such number, and the lowest that is seen decides alone."""
+        judge = self.config.score.judge
+        if self._of_function(metric):
+            return 0.0
+        if self.config.score.scorer == "judge":
+            return judge.rating_min if judge.mode == "pointwise" else 0.0
+        return None
+
+    def _of_function(self, metric: str) -> bool:
+        return metric in self.more or self.config.score.scorer == "function"
+
+    def function_of(self, metric: str) -> FunctionScorer:
+        return self.more[metric] if metric in self.more else FunctionScorer(self.config.score.function)
 
 
 def prepare(config: ExperimentConfig, model: ModelConfig, name: str, own: BenchmarkConfig) -> Benchmark:
@@ -110,6 +135,7 @@ def prepare(config: ExperimentConfig, model: ModelConfig, name: str, own: Benchm
         ),
         read=read,
         more={metric: _function(path, f"{place}.more.{metric}") for metric, path in own.more.items()},
+        no_answer=settings.no_answer,
     )
 
 

@@ -24,6 +24,7 @@ from bvpo.core.results import (
     difference_rows,
     mean_of,
     score_rows,
+    with_one_lowest,
     with_sums,
 )
 from bvpo.jobs.declaring import rows_of
@@ -69,7 +70,8 @@ def method_folders(config: ExperimentConfig) -> Folders:
 def gather(config: ExperimentConfig, command: str) -> Results:
     """The results of all that is there."""
     folders = method_folders(config)
-    runs = {name: _of_config(config, read_runs(by_seed)) for name, by_seed in folders.items()}
+    found = [_of_config(config, read_runs(by_seed)) for by_seed in folders.values()]
+    runs = dict(zip(folders, with_one_lowest(found), strict=True))
     if not any(runs.values()):
         raise UserError(f"{home(config)}: nothing was evaluated yet; run the experiment first")
     tuned = kept_tuned(home(config))

@@ -14,7 +14,7 @@ from bvpo.core.comparing import EvaluationRow, SeedsRow
 from bvpo.core.evaluation import MODE_TITLES, MODES, Mode
 from bvpo.core.results import SHARES
 from bvpo.report.charts import Chart, Point, dot_chart
-from bvpo.report.tables import aligned, number, shown
+from bvpo.report.tables import aligned, number, of_asked, shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,10 @@ def of_evaluations(a: str, b: str, rows: Sequence[EvaluationRow], notes: Sequenc
     table, bars = [], []
     for one in rows:
         paired, title = one.paired, MODE_TITLES[one.mode]
-        counts = tuple(f"{num:,}" for num in (paired.num_prompts, paired.better, paired.equal, paired.worse))
+        counts = (
+            of_asked(paired.num_prompts, paired.num_asked, paired.num_dropped),
+            *(f"{num:,}" for num in (paired.better, paired.equal, paired.worse)),
+        )
         found = paired.difference
         means = (number(paired.mean_a), number(paired.mean_b), shown(found, sign=True))
         table.append((one.benchmark, title, one.metric, *means, *counts))
@@ -94,7 +97,7 @@ def of_methods(a: str, b: str, rows: Sequence[SeedsRow], notes: Sequence[str] = 
         found, name = row.difference, names[row.method_a, row.method_b] if several else ""
         words = (*((name,) if several else ()), row.benchmark, MODE_TITLES[row.mode], row.metric)
         over = (_ends(found.seed_low, found.seed_high), _ends(found.prompt_low, found.prompt_high))
-        counts = (f"{found.num_seeds:,}", f"{found.num_values:,}")
+        counts = (f"{found.num_seeds:,}", of_asked(found.num_values, found.num_asked, found.num_dropped))
         means = (number(row.mean_a), number(row.mean_b), number(found.value, sign=True))
         table.append((*words, *means, *over, *counts))
         bars.append(_bar(row, name, counts))

@@ -14,6 +14,7 @@ from bvpo.core.evaluation import MODE_TITLES, MODES, OverSeeds
 from bvpo.core.results import SHARES, DifferenceRow, Results, ScoreRow
 from bvpo.report.charts import Chart, Curve, Point, curve_chart, dot_chart
 from bvpo.report.reliability import reliability_charts, reliability_table
+from bvpo.report.tables import of_asked
 
 TITLES = {
     "loss": "training loss",
@@ -106,8 +107,16 @@ def differences(results: Results) -> tuple[list[str], list[list[str]]]:
     for method in results.methods:
         found = {(r.benchmark, r.mode, r.metric): r.result for r in results.differences if r.method == method.name}
         if found:
-            rows.append([method.name, *(interval(found[key], sign=True) if key in found else "-" for key in keys)])
+            rows.append([method.name, *(_with_dropped(found[key]) if key in found else "-" for key in keys)])
     return [f"minus {results.baseline}", *(label(key) for key in keys)], rows
+
+
+def _with_dropped(result: OverSeeds) -> str:
+    """The difference, and in the same cell what it rests on where responses without an answer were left out."""
+    text = interval(result, sign=True)
+    return (
+        f"{text}, {of_asked(result.num_values, result.num_asked, result.num_dropped)}" if result.num_dropped else text
+    )
 
 
 def declared(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -116,7 +125,7 @@ def declared(results: Results) -> tuple[list[str], list[list[str]]]:
     for row in results.declared:
         what = f"{row.better} above {row.than}: {label((row.benchmark, row.mode, row.metric))}"
         late = "" if row.beforehand else " (declared late)"
-        rows.append([what, interval(row.result, sign=True), row.outcome + late, str(row.result.num_seeds)])
+        rows.append([what, _with_dropped(row.result), row.outcome + late, str(row.result.num_seeds)])
     return ["declared", "difference", "outcome", "seeds"], rows
 
 
@@ -132,9 +141,9 @@ def budgets(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def shares(results: Results) -> tuple[list[str], list[list[str]]]:
-    """How long the responses are, and how often a trace never closes."""
+    """How long the responses are, how often a trace never closes, and how often there is no answer."""
     keys = list(dict.fromkeys((r.benchmark, r.mode, r.metric) for r in results.scores if r.metric in SHARES))
-    keys = [key for key in keys if not (key[1] == "nothinking" and key[2] != "tokens")]
+    keys = [key for key in keys if not (key[1] == "nothinking" and key[2] not in ("tokens", "no_answer"))]
     rows = []
     for method in results.methods:
         cells = [method.name]
@@ -219,7 +228,7 @@ def caution(results: Results) -> str:
         )
     if alone := max((r.result.only_a + r.result.only_b for r in rows), default=0):
         said.append(
-            f"Up to {alone} values have no partner (a response without an answer may have no reward) and are in a method's "
+            f"Up to {alone} values have no partner (what failed, or was left out without an answer) and are in a method's "
             "value, but in no difference; so a difference need not be that of the two values."
         )
     return " ".join(said)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bvpo.core.evaluation import MODE_TITLES
+from bvpo.core.evaluation import EMPTY, MODE_TITLES, UNCLOSED
 from bvpo.core.stats import Interval
 
 
@@ -42,6 +42,18 @@ def shown(interval: Interval, *, sign: bool = False) -> str:
     return f"{number(interval.value, sign=sign)} {ends}"
 
 
+def of_asked(num: int, asked: int, dropped: int) -> str:
+    """``22 of 41 (19 dropped)``: what a number rests on, of what was asked for, and the responses left out without an
+    answer; just ``41`` where nothing is missing."""
+    text = f"{num:,} of {asked:,}" if num < asked else f"{num:,}"
+    return f"{text} ({dropped:,} dropped)" if dropped else text
+
+
+def _as_what(rule: float | str | None) -> str:
+    said = {"scored": "as the function scores the empty text", "lowest": "as the lowest score"}
+    return said[rule] if isinstance(rule, str) else f"as {number(rule)}"
+
+
 def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """One line per benchmark, mode and metric, then what is left out and why."""
     rows = [("benchmark", "mode", "metric", "value", "prompts", "samples", "unclosed", "tokens")]
@@ -53,11 +65,16 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
                 estimate = Interval(**found["estimate"])
                 title = MODE_TITLES[mode]  # type: ignore[index]
                 share = "-" if unclosed.value is None else f"{100 * unclosed.value:.1f} %"
-                counts = (f"{estimate.num_prompts:,}", f"{found['num_samples']:,}", share, number(tokens.value))
+                lost = sum(found["missing"].get(reason, 0) for reason in (UNCLOSED, EMPTY))
+                prompts = of_asked(estimate.num_prompts, one["num_prompts"], lost)
+                counts = (prompts, f"{found['num_samples']:,}", share, number(tokens.value))
                 rows.append((name, title, metric, shown(estimate), *counts))
                 if len(found["pass_at"]) > 1:
                     passes = ", ".join(f"pass@{k} {shown(Interval(**at))}" for k, at in found["pass_at"].items())
                     notes.append(f"{name} {title} {metric}: {passes}")
+                if found["silent"]:
+                    counted = f"{found['silent']:,} of {found['num_samples']:,} samples have no answer and are counted"
+                    notes.append(f"{name} {title} {metric}: {counted} ({_as_what(one['without_answer'][metric])})")
                 for reason, num in found["missing"].items():
                     notes.append(f"{name} {title} {metric}: {num:,} samples left out, {reason}")
     yield from aligned(rows, left=3)

@@ -13,7 +13,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from bvpo.core.evaluation import (
     MODES,
     Mode,
     Verdict,
+    dropped,
     paired_difference,
     prompt_means,
     prompt_values,
+    share_lowest,
 )
-from bvpo.core.results import Runs
+from bvpo.core.results import Runs, with_one_lowest
 from bvpo.jobs.gather import read_runs
 from bvpo.look import LookParser, experiment_folder
 from bvpo.records import Prompt
@@ -223,15 +225,20 @@ def _names(one: Evaluation) -> str:
 def _compare_benchmark(a: Evaluation, b: Evaluation, name: str) -> Iterator[EvaluationRow]:
     if not num_same_prompts(a.folder / name, b.folder / name):
         raise UserError(f"{a.folder / name} and {b.folder / name} have no prompt in common, so nothing can be paired")
-    verdicts = [list(read_jsonl(one.folder / name / VERDICTS, Verdict)) for one in (a, b)]
+    verdicts = share_lowest([list(read_jsonl(one.folder / name / VERDICTS, Verdict)) for one in (a, b)])
     for mode, notes in check_making(a, b, name).items():
         ours, theirs = (one.benchmarks[name][mode]["metrics"] for one in (a, b))
         for metric in (metric for metric in ours if metric in theirs):
             binary = ours[metric]["binary"] and theirs[metric]["binary"]
             values = [prompt_values(found, mode, metric) for found in verdicts]
-            paired = paired_difference(*values, bound=1.0 if binary else None)
+            mine = [one for found in verdicts for one in found if one.mode == mode]
+            paired = replace(
+                paired_difference(*values, bound=1.0 if binary else None),
+                num_asked=len({one.prompt_id for one in mine}),
+                num_dropped=sum(dropped(one, metric) for one in mine),
+            )
             yield EvaluationRow(benchmark=name, mode=mode, metric=metric, paired=paired, notes=notes)
-        for measure, bound in (("unclosed", 1.0), ("tokens", None)):
+        for measure, bound in (("unclosed", 1.0), ("no answer", 1.0), ("tokens", None)):
             values = [prompt_means(found, mode, MEASURES[measure]) for found in verdicts]
             paired = paired_difference(*values, bound=bound)
             yield EvaluationRow(benchmark=name, mode=mode, metric=f"({measure})", paired=paired)
@@ -261,7 +268,7 @@ def compare_methods(a: Comparison, b: Comparison, wanted: Sequence[str]) -> tupl
         _require_prompts(both)
         for note in _pair_notes(*sides, both):
             notes.setdefault(note, []).append(pair[0] if pair[0] == pair[1] else " - ".join(pair))
-        rows += seeds_rows(pair, *(_checked_runs(side, by_seed) for side in sides))
+        rows += seeds_rows(pair, *with_one_lowest([_checked_runs(side, by_seed) for side in sides]))
     if not rows:
         raise UserError(f"{a.folder} and {b.folder}: no benchmark, mode and metric in common")
     said = [note if len(about) == len(pairs) else f"{', '.join(about)}: {note}" for note, about in notes.items()]

@@ -19,7 +19,17 @@ from typing import Any
 
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, ModelConfig, benchmarks_of, dump_toml
-from bvpo.core.evaluation import MODE_TITLES, MODE_VIEWS, Mode, ModeResult, Verdict, summarize
+from bvpo.core.evaluation import (
+    EMPTY,
+    MODE_TITLES,
+    MODE_VIEWS,
+    UNCLOSED,
+    Mode,
+    ModeResult,
+    Verdict,
+    share_lowest,
+    summarize,
+)
 from bvpo.core.formats import answer_offset, resolve_format
 from bvpo.core.overview import LastScore, last_scores
 from bvpo.core.scores import answer_text, score_key, scorer_id
@@ -163,7 +173,7 @@ def _about(benchmark: Benchmark) -> str:
 
 def judge(benchmark: Benchmark, limit: int | None) -> dict[str, Any]:
     """Writes the verdicts and the result of each mode, and returns mode -> result."""
-    verdicts = list(make_verdicts(benchmark, benchmark.read.prompts[:limit]))
+    (verdicts,) = share_lowest([list(make_verdicts(benchmark, benchmark.read.prompts[:limit]))])
     with disk_errors(benchmark.folder, "writing verdicts"):
         write_jsonl(benchmark.folder / VERDICTS, verdicts)
     facts = _facts(benchmark, limit)
@@ -185,6 +195,8 @@ def make_verdicts(benchmark: Benchmark, prompts: Sequence[Prompt]) -> Iterator[V
     scores = _read_scores(benchmark.folder)
     trace_tokens = _TraceTokens(benchmark.config.model)
     more = {metric: _judge_more(scorer, prompts, rows) for metric, scorer in benchmark.more.items()}
+    scored = [metric for metric in benchmark.metrics if benchmark.without_answer(metric) == "scored"]
+    silence = {metric: _judge_more(benchmark.function_of(metric), prompts, rows, silence=True) for metric in scored}
     for prompt in prompts:
         for mode in benchmark.modes:
             for index in range(benchmark.config.sample.num_samples):
@@ -193,6 +205,8 @@ def make_verdicts(benchmark: Benchmark, prompts: Sequence[Prompt]) -> Iterator[V
                     continue  # its prompt reads the same tokens as an earlier one
                 marks = {benchmark.settings.metric: scores.get(row["key"])}
                 marks |= {metric: found.get(row["key"]) for metric, found in more.items()}
+                if row["error"] is None and answer_text(row["answer"]) is None:
+                    marks = {metric: silence.get(metric, {}).get(row["key"]) for metric in marks}
                 yield _verdict(benchmark, mode, row, marks, trace_tokens)
 
 
@@ -217,15 +231,20 @@ def _read_scores(folder: Path) -> dict[str, LastScore]:
 
 
 def _judge_more(
-    scorer: FunctionScorer, prompts: Sequence[Prompt], rows: Mapping[tuple[str, View, int], Mapping[str, Any]]
+    scorer: FunctionScorer,
+    prompts: Sequence[Prompt],
+    rows: Mapping[tuple[str, View, int], Mapping[str, Any]],
+    *,
+    silence: bool = False,
 ) -> dict[str, LastScore]:
-    """Sample key -> what the function says of its answer; equal answers to one prompt are judged once."""
+    """Sample key -> what the function says of its answer; equal answers to one prompt are judged once. ``silence``: of the
+    responses without an answer instead, whose text is empty."""
     by_id = {prompt.id: prompt for prompt in prompts}
     keys: dict[tuple[str, str], list[str]] = {}
     for (prompt_id, _, _), row in rows.items():
         text = answer_text(row["answer"])
-        if text is not None and prompt_id in by_id:
-            keys.setdefault((prompt_id, text), []).append(row["key"])
+        if (text is None) == silence and row["error"] is None and prompt_id in by_id:
+            keys.setdefault((prompt_id, text or ""), []).append(row["key"])
     items = (
         ScoreItem(key=same[0], messages=by_id[id].messages, answer=text, meta=by_id[id].meta)
         for (id, text), same in keys.items()
@@ -247,15 +266,21 @@ def _verdict(
 ) -> Verdict:
     values: dict[str, float] = {}
     missing: dict[str, str] = {}
+    at_lowest: dict[str, float | None] = {}
+    answered = answer_text(row["answer"]) is not None
     for metric, mark in marks.items():
         if row["error"] is not None:
             missing[metric] = f"could not be drawn: {row['error']}"
-        elif answer_text(row["answer"]) is None:
-            value = benchmark.without_answer(metric)
-            if value is None:
-                missing[metric] = "unclosed trace" if row["answer"] is None else "empty answer"
+        elif not answered:
+            rule = benchmark.without_answer(metric)
+            if isinstance(rule, float):
+                values[metric] = rule
+            elif rule == "scored" and mark is not None and mark.value is not None:
+                values[metric] = mark.value
             else:
-                values[metric] = value
+                missing[metric] = UNCLOSED if row["answer"] is None else EMPTY
+                if rule is not None:
+                    at_lowest[metric] = benchmark.most_for_silence(metric)
         elif mark is None or mark.value is None:
             missing[metric] = "not scored" if mark is None else f"failed to score: {mark.error}"
         else:
@@ -271,6 +296,8 @@ def _verdict(
         trace_tokens=trace_tokens.count(row) if drawn else None,
         closed=row["answer"] is not None,
         cut=row["finish"] == "length",
+        answered=answered,
+        at_lowest=at_lowest,
     )
 
 
@@ -297,13 +324,14 @@ class _TraceTokens:
 def _warn_of_rewarded_silence(benchmark: Benchmark, verdicts: Sequence[Verdict]) -> None:
     """A response without an answer must not count more than one with an answer does."""
     for metric in benchmark.metrics:
-        value = benchmark.without_answer(metric)
-        real = [float(one.values[metric]) for one in verdicts if one.closed and metric in one.values]
-        if value is not None and real and len(real) < len(verdicts) and value > fmean(real):
+        marked = [one for one in verdicts if metric in one.values]
+        real = [float(one.values[metric]) for one in marked if one.closed and one.answered]
+        silent = [float(one.values[metric]) for one in marked if not (one.closed and one.answered)]
+        if real and silent and fmean(silent) > fmean(real):
             logger.warning(
                 "evaluate     %s, %s: a response without an answer counts %g, and one with an answer %g on average; "
                 "evaluate.benchmarks.%s.unclosed.%s sets another number, or 'none' to leave it out",
-                benchmark.name, metric, value, fmean(real), benchmark.name, metric,
+                benchmark.name, metric, fmean(silent), fmean(real), benchmark.name, metric,
             )  # fmt: skip
 
 

@@ -138,7 +138,14 @@ def find_candidates(
         value = scores.values.get(row["key"]) if text is not None else None
         report.add_sample(row["view"], _standing(text, value, scores.errors.get(row["key"])))
         content = None if text is None else content_hash(text)[:32]
-        candidate = Candidate(key=row["key"], index=row["index"], content=content, value=value, length=len(text or ""))
+        candidate = Candidate(
+            key=row["key"],
+            index=row["index"],
+            content=content,
+            value=value,
+            length=len(text or ""),
+            drawn=not row["error"],
+        )
         found[row["prompt_id"], row["view"]].append(candidate)
     return found
 
@@ -164,7 +171,14 @@ def choose(
         chosen: dict[View, tuple[Choice, ...]] = {}
         for view in VIEWS:
             group = candidates.get((prompt_id, view), ())
-            selection = select_pairs(group, config.pair, name=f"{prompt_id}/{view}", seed=config.seed)
+            silence = config.pair.no_answer if view == "empty" else config.pair.no_answer_trace
+            selection = select_pairs(
+                group,
+                config.pair,
+                name=f"{prompt_id}/{view}",
+                seed=config.seed,
+                reject_silence=silence == "reject",
+            )
             report.add_selection(view, selection)
             pairs = selection.pairs
             if view == "trace" and config.pair.traces > 1:
@@ -243,10 +257,10 @@ def _pair(choice: Choice | None, view: View, spool: Spool) -> Pair | None:
 
 
 def _response(sample: Sample, candidate: Candidate) -> Response:
-    assert sample.answer is not None
+    """Of a trace that never closed, all that was sampled is trace, and the answer is empty."""
     return Response(
-        answer=sample.answer,
-        trace=sample.trace,
+        answer=sample.answer or "",
+        trace=sample.text if sample.answer is None else sample.trace,
         token_ids=sample.token_ids,
         finished=sample.finish == "stop",
         score=candidate.value,
@@ -329,6 +343,8 @@ def _say(report: Report) -> None:
         samples = ", ".join(f"{num:,} {name}" for name, num in sorted(one.samples.items(), key=lambda s: -s[1]))
         logger.info("%-12s %s samples: %s", view, f"{sum(one.samples.values()):,}", samples or "none")
         logger.info("             %s prompts paired (%s pairs)", f"{one.num_paired:,}", f"{one.num_pairs:,}")
+        if one.num_silent:
+            logger.info("             %s of these pairs reject a response without an answer", f"{one.num_silent:,}")
         for reason, num in one.dropped.most_common():
             logger.info("             %s prompts dropped, %s: %s", f"{num:,}", reason, DROPS[reason])  # type: ignore[index]
         if one.samples["not scored yet"]:

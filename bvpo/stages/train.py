@@ -141,6 +141,7 @@ def _tokens(config: ExperimentConfig, args: Any, tokenizer: Any, model_config: A
         score_empty_block=args.score_empty_block,
         vocab_size=model_config.get_text_config().vocab_size,
         keep_groups=args.trace_estimator == "traces",
+        answer_only=args.trace_estimator != "joint",
     )
     found = []
     with args.main_process_first(local=False, desc="tokenising"):

@@ -140,6 +140,7 @@ def token_dataset(value: Any, tokenizer: Any, vocab_size: int | None, args: Toke
         score_empty_block=args.score_empty_block,
         vocab_size=vocab_size,
         keep_groups=args.trace_estimator == "traces",
+        answer_only=args.trace_estimator != "joint",
     )
     quads = quads_from(value, fmt, f"{name}_dataset")
     return prepare_tokens(quads, tokenizer, fmt, settings, Path(args.output_dir or ".") / "_tokens")

@@ -20,9 +20,10 @@ from bvpo.strict import read_jsonl
 
 
 def preference_row(quad: Quad, view: View) -> dict[str, Any] | None:
-    """One TRL row, or ``None`` where the quad lacks the view."""
+    """One TRL row, or ``None`` where the quad lacks the view, or rejects a trace that never closed: the form has no way to
+    say that, and reading it back would close the trace."""
     pair = quad.pair(view)
-    if pair is None:
+    if pair is None or (view == "trace" and not pair.rejected.answer.strip()):
         return None
     return {
         "id": quad.id,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_RULES = 2  # of which pairs are kept: part of the fingerprint, so that tokens made under others are made anew
 OVER_LONG = "over_long"
 IDENTICAL = "identical"
 EMPTY_ANSWER = "empty_answer"
@@ -46,8 +47,8 @@ MISSING_VIEW = "missing_view"
 DROP_REASONS: dict[str, str] = {
     OVER_LONG: "prompt plus response has more tokens than max_length in one of the two responses",
     IDENTICAL: "chosen and rejected are the same tokens",
-    EMPTY_ANSWER: "one of the two responses has no text or no token after its trace",
-    UNCLOSED_TRACE: "one of the two responses never ends its trace, so it has no answer",
+    EMPTY_ANSWER: "the chosen response has no text or no token after its trace, or the rejected one no token to score",
+    UNCLOSED_TRACE: "the chosen response never ends its trace, so it has no answer, or the rejected one is such a text",
     TRACE_IN_EMPTY_VIEW: "a text response of the empty view has a trace",
     UNWRITABLE: "a text response cannot be written as tokens that read back as the same trace and answer",
     NO_PROMPT_TOKEN: "the training prompt has no token, so nothing predicts the first scored token",
@@ -61,7 +62,8 @@ class TokenSettings:
     """What tokenising depends on besides the tokenizer and the format.
 
     ``vocab_size`` is the number of rows of the model's embedding; None leaves ids unchecked against it. ``keep_groups``:
-    whether members of a group beyond the first are kept, for the trace estimator 'traces'.
+    whether members of a group beyond the first are kept, for the trace estimator 'traces'. ``answer_only``: whether the
+    trace view scores answers alone, so that a response without an answer has nothing to score.
     """
 
     max_length: int
@@ -69,6 +71,7 @@ class TokenSettings:
     score_empty_block: bool = True
     vocab_size: int | None = None
     keep_groups: bool = False
+    answer_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,11 +170,12 @@ def _tokenize_pair(quad: Quad, pair: Pair, view: View, rules: _Rules) -> _PairTo
             return drop(UNWRITABLE, f"{side}: {error}")
         ids = _checked_ids(raw, rules, f"{where}, {side}")
         offset = answer_offset(rules.tokenizer, rules.fmt, view, raw)
-        if offset is None:
-            return drop(UNCLOSED_TRACE, f"{side}: no closing marker in {len(ids)} tokens")
-        if not response.answer.strip() or offset >= len(ids):
+        silent = offset is None or not response.answer.strip() or offset >= len(ids)
+        if silent and not _may_be_silent(side, view, len(forced) + len(ids), rules):
+            if offset is None:
+                return drop(UNCLOSED_TRACE, f"{side}: no closing marker in {len(ids)} tokens")
             return drop(EMPTY_ANSWER, f"{side}: nothing after the trace")
-        responses.append((np.concatenate([forced, ids]), len(forced) + offset))
+        responses.append((np.concatenate([forced, ids]), len(forced) + (len(ids) if offset is None else offset)))
     chosen, rejected = responses
     if np.array_equal(chosen[0], rejected[0]):
         return drop(IDENTICAL, f"{len(chosen[0])} equal tokens")
@@ -182,6 +186,13 @@ def _tokenize_pair(quad: Quad, pair: Pair, view: View, rules: _Rules) -> _PairTo
             raise UserError(f"{where}: {longest} tokens, expected at most max_length = {max_length}")
         return drop(OVER_LONG, f"{longest} tokens, max_length {max_length}")
     return _PairTokens(prompt=prompt_ids[:start], responses=(chosen, rejected))
+
+
+def _may_be_silent(side: str, view: View, num_scored: int, rules: _Rules) -> bool:
+    """Whether a response without an answer can be trained on: as the rejected one, where its tokens are scored. They are
+    what was sampled: an unclosed trace has neither closing marker nor end-of-sequence token, and all of it is trace."""
+    answer_only = view == "trace" and rules.settings.answer_only
+    return side == "rejected" and num_scored > 0 and not answer_only
 
 
 def _is_sampled(pair: Pair, view: View, where: str) -> bool:
@@ -351,9 +362,10 @@ def tokens_fingerprint(
 ) -> str:
     """Changes with the content of the data, the tokenizer, the format, the settings and the schema of the file."""
     chosen = asdict(settings)
-    if not settings.keep_groups:
-        del chosen["keep_groups"]  # the same fingerprint as before there were groups
-    parts = [SCHEMA_VERSION, source, tokenizer_fingerprint(tokenizer), asdict(fmt), chosen]
+    for name in ("keep_groups", "answer_only"):  # the same fingerprint as before there were these
+        if not chosen[name]:
+            del chosen[name]
+    parts = [_RULES, SCHEMA_VERSION, source, tokenizer_fingerprint(tokenizer), asdict(fmt), chosen]
     return _digest(json.dumps(parts, sort_keys=True))
 
 

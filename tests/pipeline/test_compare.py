@@ -287,7 +287,7 @@ def test_the_page_of_two_evaluations(made: tuple[Path, Path], tmp_path: Path, sa
         patch.chdir(tmp_path)
         assert "interval over the prompts that both have" in say(*folders, "--html")
     html = (tmp_path / "compare.html").read_text()
-    assert "interval over the prompts that both have" in html and html.count("<svg") == 3
+    assert "interval over the prompts that both have" in html and html.count("<svg") == 4
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium to look at the page with")

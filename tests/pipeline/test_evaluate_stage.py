@@ -142,16 +142,15 @@ def mean_and_interval(values: dict[str, list[float]]) -> tuple[float, float, flo
 
 @pytest.mark.parametrize("mode", ["thinking", "nothinking"])
 def test_rewards_are_those_of_the_samples(whole: Lab, mode: str) -> None:
-    """Mutation: a failed score taken for 0, an unclosed trace taken for a number, views exchanged, or the trace scored."""
+    """Silence is worth what the function says of the empty text. Mutation: a failed score taken for 0, silence left out or
+    taken for 0, views exchanged, or the trace scored."""
     values: defaultdict[str, list[float]] = defaultdict(list)
     missing: defaultdict[str, int] = defaultdict(int)
+    silent = 0
     for sample in whole.samples("chat", mode):
         text = (sample.answer or "").strip()
-        if sample.answer is None:
-            missing["unclosed trace"] += 1
-        elif not text:
-            missing["empty answer"] += 1
-        elif "!" in text:
+        silent += not text
+        if "!" in text:
             missing["failed to score: ValueError: no shouting"] += 1
         else:
             values[sample.prompt_id].append(len(text) - 20.0)
@@ -160,7 +159,8 @@ def test_rewards_are_those_of_the_samples(whole: Lab, mode: str) -> None:
     assert len(values) > 5 and found["missing"] == dict(missing) and not found["binary"]
     assert (estimate["value"], estimate["low"], estimate["high"]) == pytest.approx(mean_and_interval(values))
     assert (estimate["num_prompts"], found["num_samples"]) == (len(values), sum(map(len, values.values())))
-    assert mode == "nothinking" or missing["unclosed trace"] > 0, "the fixture's model should leave traces open"
+    assert found["silent"] == silent
+    assert mode == "nothinking" or silent > 0, "the fixture's model should leave traces open"
 
 
 @pytest.mark.parametrize(("benchmark", "metric"), [("chat", "correct"), ("math", "accuracy")])
@@ -333,10 +333,18 @@ def test_what_counts_without_an_answer_can_be_set(lab: Lab, caplog: pytest.LogCa
         assert lab.evaluate("--rescore", *flags) == 0
     assert "a response without an answer counts 1000" in caplog.text
     after = lab.result("chat", "thinking")["metrics"]
-    assert after["reward"]["num_samples"] == before["reward"]["num_samples"] + unclosed
+    assert (
+        after["reward"]["num_samples"] == before["reward"]["num_samples"] and after["reward"]["silent"] == unclosed > 0
+    )
     assert after["reward"]["estimate"]["value"] > before["reward"]["estimate"]["value"]
     assert after["correct"]["num_samples"] == before["correct"]["num_samples"] - unclosed
     assert sum(after["correct"]["missing"].values()) == unclosed
+    caplog.set_level(logging.INFO)
+    assert lab.evaluate("--evaluate.no_answer", "drop") == 0
+    dropped = lab.result("chat", "thinking")["metrics"]["reward"]
+    assert (
+        dropped["num_samples"] == before["reward"]["num_samples"] - unclosed and f"({unclosed} dropped)" in caplog.text
+    )
 
 
 def test_samples_that_could_not_be_drawn(lab: Lab) -> None:
@@ -497,15 +505,17 @@ def test_differences_are_paired_by_prompt(whole: Lab, other: Path, capsys: pytes
     capsys.readouterr()
     assert main(["compare", str(whole.folder), str(other), "--json"]) == 0
     rows = {(r["benchmark"], r["mode"], r["metric"]): r for r in json.loads(capsys.readouterr().out)["comparisons"]}
-    assert len(rows) == 2 * (2 + 2) + 2 * (1 + 2)
+    assert len(rows) == 2 * (2 + 3) + 2 * (1 + 3)
     for (benchmark, mode, metric), row in rows.items():
         sides: list[dict[str, float]] = []
         for folder in (whole.folder / "eval", other):
             groups: defaultdict[str, list[float]] = defaultdict(list)
             for one in read_jsonl(folder / benchmark / "verdicts.jsonl", Verdict):
-                value = {"(tokens)": one.tokens, "(unclosed)": float(not one.closed)}.get(
-                    metric, one.values.get(metric)
-                )
+                value = {
+                    "(tokens)": one.tokens,
+                    "(unclosed)": float(not one.closed),
+                    "(no answer)": float(not one.answered),
+                }.get(metric, one.values.get(metric))
                 if one.mode == mode and value is not None:
                     groups[one.prompt_id].append(float(value))
             sides.append({id: statistics.fmean(group) for id, group in groups.items()})

@@ -426,3 +426,31 @@ def test_help_describes_the_stage(capsys: pytest.CaptureFixture[str]) -> None:
         pair("--help")
     out = capsys.readouterr().out
     assert stage.ABOUT.split(".")[0] in " ".join(out.split()) and re.search(r"--pair\.min_margin float", out)
+
+
+def test_silence_is_rejected_counted_and_exported_as_far_as_the_form_holds_it(tmp_path: Path) -> None:
+    """Mutation: an unclosed trace written with a closed one's fields, exported as if it had closed, silence left out of the
+    report, or rejected without being asked for."""
+    rows = [
+        (make_sample("p0", "trace", 0, "\n\nA", trace="t"), 1.0),
+        (make_sample("p0", "trace", 1, None, finish="length"), None),
+        (make_sample("p0", "empty", 0, "A"), 1.0),
+        (make_sample("p0", "empty", 1, " \n"), None),
+    ]
+    folder = make_experiment(tmp_path, make_prompts(1), [sample for sample, _ in rows])
+    write_scores(folder, (scored(sample, value) for sample, value in rows))
+    assert pair(write_config(tmp_path, "")) != 0, "nothing to pair unless silence may be rejected"
+    assert pair(write_config(tmp_path, "[pair]\nno_answer = 'reject'\n")) == 0
+    (quad,) = quads_of(folder)
+    assert quad.trace is None and quad.empty is not None and quad.empty.rejected.sample_key == rows[3][0].key
+    assert quad.empty.rejected.score is None and report_of(folder)["views"]["empty"]["pairs_rejecting_silence"] == 1
+    assert (
+        load_quads(DataConfig(empty=str(folder / "preferences" / "empty")), FORMATS["r1-distill"], seed=0).train
+        is not None
+    )
+    assert pair(write_config(tmp_path, "[pair]\nno_answer = 'drop'\nno_answer_trace = 'reject'\n")) == 0
+    (quad,) = quads_of(folder)
+    unclosed = rows[1][0]
+    assert quad.empty is None and quad.trace is not None and quad.trace.rejected.token_ids == unclosed.token_ids
+    assert (quad.trace.rejected.answer, quad.trace.rejected.trace) == ("", unclosed.text)
+    assert not quad.trace.rejected.finished and preference_row(quad, "trace") is None

@@ -19,14 +19,17 @@ from scipy import stats as scipy_stats
 
 from bvpo.config import EvaluateConfig, validate
 from bvpo.core.evaluation import (
+    EMPTY,
     MODES,
     Mode,
     Verdict,
     difference_over_seeds,
+    dropped,
     mean_over_seeds,
     paired_difference,
     pass_at_k,
     prompt_values,
+    share_lowest,
     summarize,
 )
 from bvpo.core.stats import Interval, difference_interval, mean_interval, share_interval
@@ -405,3 +408,31 @@ def test_verdicts_read_back(tmp_path: Path) -> None:
     ]
     write_jsonl(tmp_path / "v.jsonl", there)
     assert list(read_jsonl(tmp_path / "v.jsonl", Verdict)) == there and MODES == ("thinking", "nothinking")
+
+
+def test_silence_shares_one_lowest_score_over_all_that_are_compared() -> None:
+    """Mutation: each side's own lowest score, silence itself taken for the lowest, the bound ignored, or a model that never
+    answers left without a value beside one that does."""
+
+    def one(prompt: str, value: float | None, most: float | None = None) -> Verdict:
+        silent = value is None
+        return Verdict(
+            prompt_id=prompt, mode="thinking", index=0, values={} if silent else {"r": value}, tokens=3, trace_tokens=1,
+            missing={"r": EMPTY} if silent else {}, closed=True, answered=not silent,
+            at_lowest={"r": most} if silent else {},
+        )  # fmt: skip
+
+    spoke, silent = [one("a", -1.0), one("b", 4.0)], [one("a", 5.0), one("b", None)]
+    values = [prompt_values(found, "thinking", "r") for found in share_lowest([spoke, silent])]
+    assert values == [{"a": -1.0, "b": 4.0}, {"a": 5.0, "b": -1.0}]
+    (alone,) = share_lowest([silent])
+    assert prompt_values(alone, "thinking", "r") == {"a": 5.0, "b": 5.0}
+    assert [prompt_values(v, "thinking", "r") for v in share_lowest([spoke, alone])] == values, "shared anew, not kept"
+    mute = [one("a", None), one("b", None)]
+    assert prompt_values(share_lowest([mute])[0], "thinking", "r") == {}
+    assert prompt_values(share_lowest([spoke, mute])[1], "thinking", "r") == {"a": -1.0, "b": -1.0}
+    assert prompt_values(share_lowest([[one("a", 5.0), one("b", None, 0.0)]])[0], "thinking", "r") == {
+        "a": 5.0,
+        "b": 0.0,
+    }
+    assert all(dropped(verdict, "r") for verdict in mute) and not any(dropped(verdict, "r") for verdict in alone)

@@ -59,3 +59,37 @@ def test_never_raises(text: str) -> None:
     """Mutation: a fraction over zero, or braces that never close."""
     final_number(text)
     last_boxed(text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected", "why"),
+    [
+        ("\\boxed{7y+3}", "3", 0.0, "a formula is not its last digit"),
+        ("\\boxed{99\\sqrt2}", "2", 0.0, "nor is a root"),
+        ("\\boxed{x = 3}", "3", 0.0, "an equation is no plain number"),
+        ("\\boxed{3\\frac{1}{2}}", "31/2", 0.0, "a mixed number is not the digits put together"),
+        ("\\boxed{\\$1,234.50}", "1234.5", 1.0, "money"),
+        ("\\boxed{1, 2}", "2", 0.0, "two numbers are not one"),
+        ("\\boxed{50\\%}", "50", 0.0, "a percentage is another number"),
+        ("\\boxed{-\\frac{1}{2}}", "-0.5", 1.0, "the sign of a fraction"),
+        ("\\boxed{\\dfrac{1}{2}}", "1/2", 1.0, "a fraction in either form"),
+        ("\\boxed{3.0}", "3", 1.0, "values, not texts"),
+        ("\\boxed{12\\text{ cm}}", "12", 1.0, "a unit in words"),
+        ("\\boxed{1,000}.", "1000", 1.0, "thousands"),
+        ("\\boxed{\u22125}", "-5", 1.0, "the minus sign of typesetting"),
+        ("\\boxed{1e3}", "1000", 1.0, "an exponent"),
+        ("The answer is 12.", "\\boxed{12}", 1.0, "a full stop ends the sentence"),
+    ],
+)
+def test_an_answer_is_a_number_or_it_is_wrong(answer: str, reference: str, expected: float, why: str) -> None:
+    """Mutation: the last digits of a boxed formula taken for its value, or a plain number in another dress refused."""
+    assert number([], answer, {"reference": reference}) == expected, why
+
+
+@pytest.mark.parametrize(
+    "reference", ["x^2+3", "3\\sqrt2", "(3, \\frac{\\pi}{2})", "50\\%", "5 or 6", "\\text{east}", "2x"]
+)
+def test_a_reference_that_is_no_plain_number_is_refused(reference: str) -> None:
+    """Mutation: its last digits taken for it, so that `7y+3` is right against `x^2+3`."""
+    with pytest.raises(ValueError, match="a function of your own"):
+        number([], "\\boxed{7y+3}", {"reference": reference})

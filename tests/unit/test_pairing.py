@@ -107,7 +107,7 @@ def test_a_pair_is_a_preference_between_two_answers(candidates: list[Candidate],
     """Mutation: pairing an answer with its own duplicate, a response without score, or the worse over the better."""
     for pair in pick(candidates, config).pairs:
         assert pair.chosen.content != pair.rejected.content and pair.chosen.content is not None
-        assert pair.margin > 0 or (config.ties != "drop" and pair.margin == 0)
+        assert pair.margin is not None and (pair.margin > 0 or (config.ties != "drop" and pair.margin == 0))
         assert pair.margin >= config.min_margin
 
 
@@ -223,3 +223,39 @@ def test_quantiles_are_values_that_occur() -> None:
     assert quantiles([]) == {}
     found = quantiles([3.0, 1.0, 2.0])
     assert found["q0"] == 1.0 and found["q50"] == 2.0 and found["q100"] == 3.0 and found["mean"] == 2.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# silence
+
+
+def reject(candidates: list[Candidate], **settings: Any) -> list[tuple[str, str]]:
+    return keys(select_pairs(candidates, PairConfig(**settings), name="p", seed=0, reject_silence=True))
+
+
+def test_silence_loses_to_every_answer_and_is_never_chosen() -> None:
+    """Mutation: silence ranked by a score, paired with silence, put under min_margin or ties, or standing in for a failed
+    score; without the setting nothing may change."""
+    mixed = make(("a", 2.0), (None, None), ("b", -5.0), (None, None))
+    assert reject(mixed) == [("k0", "k1")] and keys(pick(mixed, PairConfig())) == [("k0", "k2")]
+    assert reject(make((None, None), ("a", -9.0)), min_margin=3.0) == [("k1", "k0")], "one answer is enough"
+    assert reject(make(("a", 1.0), ("b", 1.0), (None, None))) == [("k0", "k2")], "equal scores, and both above silence"
+    assert reject(make(("a", None), (None, None))) == [] == reject(make((None, None), (None, None)))
+    failed = [replace(one, drawn=one.content is not None) for one in mixed]
+    assert reject(failed) == [("k0", "k2")], "a response that could not be drawn is no silence"
+
+
+def test_all_pairs_puts_silence_behind_the_lowest_score() -> None:
+    """Mutation: pairs against silence first, so that max_pairs would keep nothing else."""
+    rows = make(("a", 2.0), ("b", 1.0), ("c", 0.0), (None, None))
+    every = [("k0", "k2"), ("k0", "k3"), ("k0", "k1"), ("k1", "k2"), ("k1", "k3"), ("k2", "k3")]
+    assert reject(rows, strategy="all_pairs") == every
+    assert reject(rows, strategy="all_pairs", max_pairs=1) == every[:1]
+
+
+@given(candidate_lists(), configs)
+def test_silence_is_at_most_rejected(candidates: list[Candidate], config: PairConfig) -> None:
+    """Mutation: choosing among all candidates where nothing has a score."""
+    for pair in select_pairs(candidates, config, name="p", seed=0, reject_silence=True).pairs:
+        assert pair.chosen.content is not None and pair.chosen.value is not None
+        assert (pair.margin is None) == (pair.rejected.content is None)

@@ -95,6 +95,8 @@ def test_recipes_hold_the_papers_settings(model: str) -> None:
         "train.score_empty_block": True,
         "train.trace_estimator": "joint",
         "train.anchor.kind": "none",
+        "pair.no_answer": "drop",
+        "pair.no_answer_trace": "drop",
     }
     found = values(config)
     assert {field: found[field] for field in expected} == expected
@@ -106,7 +108,7 @@ def test_baselines_and_variants_differ_only_where_they_say(model: str) -> None:
     """Mutation: a baseline that is trained for longer, at another rate or on other data than BVPO."""
     main = f"{model}/bvpo.toml"
     beta = load_config(RECIPES / main).train.loss.beta
-    making = {"prompts.sources", "sample.engine"}  # the data is made once, by the main recipe
+    making = {"prompts.sources", "sample.engine", "pair.no_answer"}  # the data is made once, by the main recipe
     dpo = {"train.alpha.value": 1.0} | ({} if beta == 0.01 else {"train.loss.beta": 0.01})
     simpo = {"train.alpha.value": 1.0, "train.loss.name": "simpo", "train.loss.beta": 2.5}
     anchor = {"train.anchor.kind": "kl", "train.anchor.weight": beta, "train.reference": "held"}

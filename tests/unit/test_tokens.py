@@ -181,7 +181,7 @@ YES = Response(trace="so", answer="Yes.")
 DROPPED: dict[str, tuple[Quad, View]] = {
     tokenizing.OVER_LONG: (swap(text_quad(), "trace", rejected=Response(trace="so " * 600, answer="No.")), "trace"),
     tokenizing.IDENTICAL: (swap(text_quad(), "trace", chosen=YES, rejected=replace(YES, score=1.0)), "trace"),
-    tokenizing.EMPTY_ANSWER: (swap(text_quad(), "empty", rejected=Response(answer=" \n")), "empty"),
+    tokenizing.EMPTY_ANSWER: (swap(text_quad(), "empty", chosen=Response(answer=" \n")), "empty"),
     tokenizing.UNCLOSED_TRACE: (swap(text_quad(), "trace", rejected=Response(answer="Hm")), "trace"),
     tokenizing.TRACE_IN_EMPTY_VIEW: (swap(text_quad(), "empty", chosen=YES), "empty"),
     tokenizing.UNWRITABLE: (swap(text_quad(), "trace", chosen=replace(YES, trace="a</think>b")), "trace"),
@@ -202,6 +202,31 @@ def test_a_pair_is_dropped_for_its_reason_and_the_other_view_lives(reason):
     assert result.quad is not None and result.quad.has_view == (view != "trace", view != "empty")
     alone = replace(quad, **{"empty" if view == "trace" else "trace": None})
     assert tokenize_quad(alone, TOKENIZER, FMT, SETTINGS) == result.drops[0]
+
+
+def test_silence_can_be_rejected_as_it_was_sampled_and_never_chosen():
+    """Mutation: a closing marker or end of sequence added to an unclosed trace, or such a pair kept where the trace view
+    scores answers alone, of which there are none."""
+    answer, thought = [*ids_of("Hm"), *CLOSE, *ids_of("No."), EOS], ids_of("Hm so")
+    forced = text_quad(trace=None, empty=None)
+    pairs = {
+        "unclosed": sampled_pair("trace", answer, thought),
+        "closed, cut there": sampled_pair("trace", answer, [*thought, *CLOSE]),
+        "empty": sampled_pair("empty", ids_of("Yes."), [EOS]),
+    }
+    for name, pair in pairs.items():
+        pair = replace(pair, rejected=replace(pair.rejected, answer=""))
+        quad = tokenized(replace(forced, **{pair.view: pair}))
+        branch = quad.branches[3 if pair.view == "empty" else 1]
+        assert branch is not None and pair.prompt_ids is not None and pair.rejected.token_ids is not None, name
+        assert [*quad.prefix_ids, *branch.ids] == [*pair.prompt_ids, *pair.rejected.token_ids], name
+        answer_tokens = len(branch.ids) - branch.answer_from
+        assert answer_tokens == (1 if pair.view == "empty" else 0), name
+        alone = replace(SETTINGS, answer_only=True)
+        kept = tokenize_quad(replace(forced, **{pair.view: pair}), TOKENIZER, FMT, alone)
+        assert isinstance(kept, Drop) == (pair.view == "trace"), name
+        lost = tokenize_quad(replace(forced, **{pair.view: pair.swap()}), TOKENIZER, FMT, SETTINGS)
+        assert isinstance(lost, Drop) and lost.reason in (tokenizing.UNCLOSED_TRACE, tokenizing.EMPTY_ANSWER), name
 
 
 def test_sampled_pairs_meet_the_same_checks():
