@@ -90,6 +90,7 @@ def at_the_reference(entries: list[TraceBias]) -> Iterator[Verdict]:
     """The registry's promise, and that it is one: elsewhere the bias is there."""
     promised = [e for e in entries if e.promised]
     yield Verdict(
+        key="b_t_zero",
         statement="Ours: b_t = 0",
         checked="at the reference, joint estimator, untruncated traces at T = 1, losses with zero_trace_bias_at_reference: "
         f"largest |b_t|^2 / |mu|^2 of {len(promised)}",
@@ -97,18 +98,19 @@ def at_the_reference(entries: list[TraceBias]) -> Iterator[Verdict]:
         bound=1e-24,
     )
     others = {
-        "the other losses there": [
+        ("other_losses", "the other losses there"): [
             e for e in entries if e.estimator == "joint" and e.sampling == "T = 1" and not e.promised
         ],
-        "the same losses at T = 0.8, top-p 0.9 and with long traces cut": [
+        ("other_sampling", "the same losses at T = 0.8, top-p 0.9 and with long traces cut"): [
             e
             for e in entries
             if e.estimator == "joint" and e.sampling != "T = 1" and LOSSES[e.name].zero_trace_bias_at_reference
         ],
-        "the answer estimator": [e for e in entries if e.estimator == "answer"],
+        ("answer_estimator", "the answer estimator"): [e for e in entries if e.estimator == "answer"],
     }
-    for name, some in others.items():
+    for (key, name), some in others.items():
         yield Verdict(
+            key=f"b_t_{key}",
             statement="Ours: b_t != 0",
             checked=f"{name}: smallest |b_t|^2 / |mu|^2 of {len(some)}",
             value=min(e.value for e in some),
@@ -152,6 +154,7 @@ def monte_carlo(seed: int, num: int) -> Iterator[Verdict]:
     for name, (values, expected) in found.items():
         standard_error = float(values.std()) / math.sqrt(num)
         yield Verdict(
+            key=f"monte_carlo_{name.removeprefix('tr ').lower()}",
             statement="Monte Carlo",
             checked=f"{name} of {num:,} quads drawn token by token, small transformer away from the reference, T = 0.8: "
             "standard errors from the exact value",

@@ -15,9 +15,10 @@ Cell = str | float | int
 class Verdict:
     """One statement, what of it was checked, the number that came out, and the bound that decides.
 
-    ``at_least``: the number must reach the bound instead of staying below it.
+    ``key`` names the check in files and tests. ``at_least``: the number must reach the bound instead of staying below it.
     """
 
+    key: str
     statement: str
     checked: str
     value: float

@@ -7,7 +7,8 @@ the losses, so that each can check the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -108,13 +109,34 @@ def batch_gradient(world: World, theta: Tensor, quads: QuadBatch, training: Trai
     return gradient
 
 
-def sgd(world: World, start: Tensor, training: Training, *, steps: int, seed: int) -> list[Tensor]:
-    """The ``steps + 1`` points of a run."""
+def full_gradient(world: World, theta: Tensor, training: Training) -> Tensor:
+    """Of a batch without end: the mean of every quad's mixed gradient."""
+    quads, prob = world.every_quad()
+    return prob @ quad_gradients(world, theta, quads, training.loss, training.alpha)
+
+
+def sgd(
+    world: World,
+    start: Tensor,
+    training: Training,
+    *,
+    steps: int,
+    seed: int,
+    alpha_of: Callable[[Tensor], float] | None = None,
+    endless: bool = False,
+) -> list[Tensor]:
+    """The ``steps + 1`` points of a run. ``alpha_of`` chooses alpha at each point; ``endless`` batches have no noise."""
     generator = torch.Generator().manual_seed(seed)
     points = [start.detach()]
     for _ in range(steps):
-        quads = world.draw(training.batch, generator)
-        points.append(points[-1] - training.learning_rate * batch_gradient(world, points[-1], quads, training))
+        now = points[-1]
+        at = training if alpha_of is None else replace(training, alpha=alpha_of(now))
+        gradient = (
+            full_gradient(world, now, at)
+            if endless
+            else batch_gradient(world, now, world.draw(at.batch, generator), at)
+        )
+        points.append(now - training.learning_rate * gradient)
     return points
 
 

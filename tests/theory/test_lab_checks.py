@@ -12,6 +12,7 @@ import torch
 from bvpo.core import estimators
 from bvpo.core.losses import LOSSES
 from bvpo.lab import bias, descent, runs, theorems
+from bvpo.lab.exact import Estimate
 from bvpo.lab.policies import Tabular
 
 
@@ -38,10 +39,30 @@ def test_theorem_2_sees_a_wrong_closed_form(monkeypatch, cases):
         assert not theorems.theorem_2_in_full_worlds(cases).holds, field
 
 
-def test_corollary_1_and_proposition_1(cases):
-    """Mutation: no clip (the boundary worlds leave [0, 1]); noise of the data counted as noise of the traces."""
+def test_corollary_1(cases, monkeypatch):
+    """Mutation (made here): alpha* is the other view's weight, or ignores how the views' noise goes together."""
     assert all(verdict.holds for verdict in theorems.corollary_1(cases))
+    honest = estimators.alpha_star_unclipped
+    monkeypatch.setattr(estimators, "alpha_star_unclipped", lambda m: 1 - honest(m))
+    broken = {verdict.key: verdict.holds for verdict in theorems.corollary_1(cases)}
+    assert not any(holds for key, holds in broken.items()), broken
+
+
+@pytest.mark.parametrize(
+    ("part", "broken"), [("bias_sq", lambda m, a: 0.0), ("variance", lambda m, a: m.var_trace * a)]
+)
+def test_proposition_1_sees_a_wrong_part(monkeypatch, part, broken):
+    """Mutation (made here): a bias of 0; a variance that is linear in alpha."""
     assert theorems.proposition_1(0).holds
+    monkeypatch.setattr(estimators, part, broken)
+    assert not theorems.proposition_1(0).holds
+
+
+def test_theorem_1_over_data_sees_noise_of_the_traces_forgotten(monkeypatch):
+    """Mutation (made here): what random traces contribute is left out of the split."""
+    assert theorems.theorem_1_over_data(0).holds
+    monkeypatch.setattr(Estimate, "variance_given_data", 0.0)
+    assert not theorems.theorem_1_over_data(0).holds
 
 
 def test_boundary_worlds_see_a_missing_clip(monkeypatch):
@@ -52,10 +73,14 @@ def test_boundary_worlds_see_a_missing_clip(monkeypatch):
 
 
 def test_theorem_4_sees_eta_l_ignored(monkeypatch, cases):
-    """Mutation (made here): the per-step optimum is the MSE's at every eta L."""
-    assert all(verdict.holds for verdict in theorems.theorem_4(cases))
-    monkeypatch.setattr(estimators, "alpha_star_step", lambda m, *, eta_l: estimators.alpha_star(m))
-    assert [verdict.holds for verdict in theorems.theorem_4(cases)][:2] == [True, False]
+    """Mutation (made here): the per-step optimum is the MSE's at every eta L; alpha* without its biases' cross term."""
+    assert all(verdict.holds for verdict in theorems.beyond_theorem_4(cases)) and theorems.theorem_4(0).holds
+    with monkeypatch.context() as patch:
+        patch.setattr(estimators, "alpha_star_step", lambda m, *, eta_l: estimators.alpha_star(m))
+        assert not next(iter(theorems.beyond_theorem_4(cases))).holds
+    honest = estimators.alpha_star
+    monkeypatch.setattr(estimators, "alpha_star", lambda m: honest(replace(m, bias_dot=0.0)))
+    assert not theorems.theorem_4(0).holds
 
 
 def test_theorem_3_sees_a_step_that_is_too_large(monkeypatch):
@@ -68,11 +93,70 @@ def test_theorem_3_sees_a_step_that_is_too_large(monkeypatch):
 
 
 def test_theorem_3_on_a_grid():
-    """Every cell of alpha and eta L. Mutation: variance of one quad instead of the batch's would hide a violation."""
-    cells = list(descent.grid(0, steps=5, runs=1))
+    """Every cell of alpha and eta L, both forms. Mutation: a ratio that is turned over."""
+    cells = [descent.measure(cell) for cell in descent.grid(0, steps=5, runs=1)]
     assert len(cells) == len(descent.ALPHAS) * len(descent.ETA_LS)
-    assert descent.on_the_grid(cells).holds
-    assert all(0 < cell.ratio < 1 for cell in cells)
+    assert all(verdict.holds for verdict in descent.both_forms(cells, "grid", ""))
+    assert all(0 < cell.uniform_ratio <= cell.ratio < 1 for cell in cells)
+
+
+TERMS = {
+    "no progress, eq. 3": ("descent_bound", lambda honest: lambda cell, progress, at: honest(cell, 0.0, at)),
+    "no distance, eq. 4": ("uniform_bound", lambda honest: lambda cell, distance, at: honest(cell, 0.0, at)),
+    "half the distance, eq. 4": ("uniform_bound", lambda honest: lambda cell, far, at: honest(cell, far / 2, at)),
+    "no bias, eq. 4": ("uniform_bound", lambda honest: lambda *given: (honest(*given)[0], 0.0, honest(*given)[2])),
+    "no noise, eq. 4": ("uniform_bound", lambda honest: lambda *given: (*honest(*given)[:2], 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_theorem_3_sees_a_missing_term(monkeypatch, name):
+    """Mutation (made here): a term of either form of the bound left out, or half of it."""
+    place, broken = TERMS[name]
+    monkeypatch.setattr(descent, place, broken(getattr(descent, place)))
+    verdicts = list(descent.both_forms([descent.measure(cell) for cell in descent.one_term(0)], "one_term", ""))
+    assert [verdict.holds for verdict in verdicts] == ["eq. 3" not in name, "eq. 4" not in name]
+
+
+@pytest.mark.parametrize("part", ["bias_sq", "variance"])
+def test_theorem_3_sees_half_of_the_per_step_term(monkeypatch, part):
+    """Mutation (made here): no bias, or no noise, in either form."""
+    monkeypatch.setattr(estimators, part, lambda m, alpha: 0.0)
+    verdicts = list(descent.both_forms([descent.measure(cell) for cell in descent.one_term(0)], "one_term", ""))
+    assert not any(verdict.holds for verdict in verdicts)
+
+
+def test_theorem_3_holds_where_one_term_decides():
+    """Mutation: the bound's runs and its smoothness constant of different losses."""
+    measured = [descent.measure(cell) for cell in descent.one_term(0)]
+    assert all(verdict.holds for verdict in descent.both_forms(measured, "one_term", ""))
+
+
+def test_least_loss_is_reached_by_the_teachers_own_ratios():
+    """A long run comes near it and never below. Mutation: chosen and rejected exchanged, or the pairs' weights left out."""
+    (cell, *_) = descent.one_term(0)
+    least = descent.least_loss(cell.world)
+    start = float(runs.marginal_loss(cell.world, cell.world.reference, cell.loss))
+    end = start - descent.measure(cell).progress
+    assert least <= end <= least + 0.02 * (start - least)
+
+
+ADAPTIVE = {
+    "the other view's weight": lambda honest: lambda m, *, eta_l: 1 - honest(m, eta_l=eta_l),
+    "eta L ignored": lambda honest: lambda m, *, eta_l: honest(m, eta_l=1.0),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_the_adaptive_checks_see_a_wrong_alpha(monkeypatch, name):
+    """Mutation (made here): alpha_k of the wrong view, or of eta L = 1."""
+    cells = list(descent.adaptive(0, steps=3, runs=1))
+    assert all(verdict.holds for verdict in descent.adaptive_verdicts([descent.measure(cell) for cell in cells]))
+    monkeypatch.setattr(estimators, "alpha_star_step", ADAPTIVE[name](estimators.alpha_star_step))
+    found = {v.key: v.holds for v in descent.adaptive_verdicts([descent.measure(cell) for cell in cells])}
+    assert not found["adaptive_step"], found
+    if name == "the other view's weight":
+        assert not found["adaptive_bound"], found
 
 
 def test_bias_table_sees_a_false_promise(monkeypatch):

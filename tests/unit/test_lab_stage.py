@@ -14,7 +14,7 @@ from bvpo.lab.results import Findings, Line, Plot, Table, Verdict
 from bvpo.stages import lab
 from bvpo.strict import UserError
 
-GOOD = Verdict(statement="Theorem 9", checked="a < b & c", value=3e-13, bound=1e-12)
+GOOD = Verdict(key="nine", statement="Theorem 9", checked="a < b & c", value=3e-13, bound=1e-12)
 
 
 def part(*verdicts: Verdict):
@@ -57,8 +57,8 @@ def test_prints_and_writes(parts, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_failure_is_seen(parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Mutation: exit code 0 for a statement that does not hold; a NaN that counts as holding."""
-    wrong = Verdict(statement="Theorem 9", checked="x", value=float("nan"), bound=1.0)
-    reached = Verdict(statement="Theorem 9", checked="y", value=0.5, bound=1.0, at_least=True)
+    wrong = Verdict(key="nine", statement="Theorem 9", checked="x", value=float("nan"), bound=1.0)
+    reached = Verdict(key="nine", statement="Theorem 9", checked="y", value=0.5, bound=1.0, at_least=True)
     parts(GOOD, wrong, reached)
     assert lab.main(["--out", str(tmp_path)]) == 1
     out = capsys.readouterr().out
