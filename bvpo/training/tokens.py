@@ -93,6 +93,7 @@ class TokenDataset:
         )
         self.has_view: npt.NDArray[np.bool_] = bounds[:, [1, 7]] >= 0
         num_branches = (bounds[:, [1, 4, 7, 10]] >= 0).sum(axis=1)
+        self.longest: int = int((bounds[:, :1] + bounds[:, [1, 4, 7, 10]]).max(initial=0))  # prompt and response
         self.num_sequence_tokens: npt.NDArray[np.int64] = self.num_tokens + bounds[:, 0] * (num_branches - 1)
         # Only data with several traces says so, so that files from before groups existed are still read.
         sizes = summary.get("groups") or [1] * len(self)
