@@ -3,7 +3,7 @@
 # make test    the whole test suite
 # make check   what CI runs: format, lint, types, layers, docs, tests
 # make bench   the trainer against its peer, on this machine
-# make prove   every long demonstration; one of them: prove-kill, prove-vignette, prove-store, prove-sampling, prove-lab
+# make prove   every long demonstration; one of them: prove-kill, prove-vignette, prove-store, prove-sampling, prove-lab, prove-parity
 
 # The first interpreter of 3.11 or newer; PYTHON=... chooses another.
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,$(shell \
@@ -16,7 +16,7 @@ STAMP := $(VENV)/.built
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help build vignette test check format lint types layers docs bench prove prove-kill prove-vignette prove-store prove-sampling prove-lab
+.PHONY: help build vignette test check format lint types layers docs bench prove prove-kill prove-vignette prove-store prove-sampling prove-lab prove-parity
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -64,7 +64,7 @@ bench: build
 	$(PY) benchmarks/trainer.py
 
 # Each writes a dated file below benchmarks/results; `benchmarks/tables.py` then writes docs/performance.md from them.
-prove: prove-kill prove-vignette prove-store prove-sampling prove-lab bench
+prove: prove-kill prove-vignette prove-store prove-sampling prove-lab prove-parity bench
 
 prove-kill: build
 	$(PY) benchmarks/kill_test.py --times 60
@@ -80,3 +80,7 @@ prove-sampling: build
 
 prove-lab: build
 	$(PY) benchmarks/lab.py
+
+# Every causal-LM family of the installed transformers; also writes docs/architectures.md.
+prove-parity: build
+	$(PY) benchmarks/parity.py

@@ -364,8 +364,8 @@ class TrainConfig:
     trace_estimator: Literal["joint", "answer", "traces"] = "joint"
     """What the trace view scores: trace and answer jointly (the paper), the answer given its trace, or the answer over
     all its traces in the pair (see pair.traces), weighted by their importance."""
-    layout: Literal["auto", "tree", "packed", "padded"] = "auto"
-    """How sequences are laid out: 'tree' computes the shared prompt once, 'packed' and 'padded' do not."""
+    layout: Literal["auto", "tree", "packed", "padded", "single"] = "auto"
+    """How sequences are laid out: 'tree' computes the shared prompt once; 'packed', 'padded' and 'single' do not."""
     tokens_per_micro_batch: int | None = None
     """Tokens per backward pass and device, >= 1; none takes one quad at a time. Splits a step, never changes it."""
     backward: Literal["micro_batch", "sequence"] = "micro_batch"

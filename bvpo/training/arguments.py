@@ -72,7 +72,7 @@ class BVPOConfig(TrainingArguments):
         default=None, metadata={"help": "Token budget of a backward; None: 1 quad."}
     )
     last_step: str = field(default="keep", metadata={"help": "keep or drop an epoch's short last step."})
-    layout: str = field(default="auto", metadata={"help": "auto, tree, packed or padded."})
+    layout: str = field(default="auto", metadata={"help": "auto, tree, packed, padded or single."})
     backward: str = field(default="micro_batch", metadata={"help": "micro_batch, or sequence (cached gradients)."})
     precision: str = field(default="auto", metadata={"help": "auto, bf16, fp32 or pure_bf16."})
     dropout: bool = field(default=False, metadata={"help": "Train with the model's own dropout and router noise."})
@@ -131,7 +131,7 @@ _CHOICES = {
     "trace_estimator": ("joint", "answer", "traces"),
     "over_long": ("drop", "refuse"),
     "last_step": ("keep", "drop"),
-    "layout": ("auto", "tree", "packed", "padded"),
+    "layout": ("auto", "tree", "packed", "padded", "single"),
     "backward": ("micro_batch", "sequence"),
     "precision": ("auto", "bf16", "fp32", "pure_bf16"),
     "reference": ("cached", "held", "adapter"),

@@ -14,11 +14,12 @@ Shape legend: T tokens of the row, K gathered keys, H query heads, G key/value h
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -280,12 +281,28 @@ def bvpo_attention(
         )
     if getattr(module, "is_causal", True) is False:
         raise UserError(f"{type(module).__name__} is not causal; shared-prefix layouts need causal attention")
+    if _windows is not None:
+        _windows.append(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     spec = AttentionSpec(scale=scale, window=sliding_window, softcap=softcap, dropout=dropout)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     heads = (q.shape[1], k.shape[1], q.shape[2])
     name = choose_kernel(q.device.type, q.device.index, q.dtype, heads, spec)
     return KERNELS[name][0](q, k, v, bvpo_plan, spec)[None], None
+
+
+_windows: list[int | None] | None = None
+
+
+@contextlib.contextmanager
+def windows_seen() -> Iterator[list[int | None]]:
+    """The windows that layers ask for inside the block, in order."""
+    global _windows
+    before, _windows = _windows, []
+    try:
+        yield _windows
+    finally:
+        _windows = before
 
 
 def register() -> None:

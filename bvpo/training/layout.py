@@ -1,13 +1,15 @@
 """Lays out the token sequences of a micro-batch for one forward pass.
 
 In: tokenised quads (a shared prefix and up to four branches each). Out: a :class:`Layout` - model inputs, the attention
-plan, and for every scored token the row of hidden states that predicts it. Three layouts give the same log-probs:
+plan, and for every scored token the row of hidden states that predicts it. Four layouts give the same log-probs:
 
 ``tree``    one row; each prefix once, then its branches, with positions restarting at the end of the prefix. A branch
             attends to its prefix and to itself.
 ``packed``  one row; every branch carries its own copy of the prefix. No sharing, no padding.
-``padded``  one row per branch, right padding, the model's own attention. Works for any causal model (right padding
-            never precedes a real token), also those that keep a recurrent state; it is the reference in tests.
+``padded``  one row per branch, right padding, the model's own attention. Right padding never precedes a real token, so
+            it works for most causal models, also those that keep a recurrent state.
+``single``  the branches as in ``packed``, each given to the model by itself: no padding and no neighbour that could
+            change its numbers. Right by definition, and slow; the others are measured against it.
 
 This module knows nothing of losses or models. Shape legend: R rows, T tokens per row, N scored tokens, S segments.
 """
@@ -80,6 +82,7 @@ class Layout:
     slots: tuple[tuple[int, int], ...]
     slot_index: Tensor
     num_quads: int
+    lengths: tuple[int, ...] | None = None  # of the sequences in the row, where the model sees them one at a time
 
     @property
     def num_tokens(self) -> int:
@@ -188,10 +191,18 @@ def build_padded(quads: Sequence[TokenQuad]) -> Layout:
     )
 
 
+def build_single(quads: Sequence[TokenQuad]) -> Layout:
+    """The packed row without a plan: it is cut into its sequences before the model sees it."""
+    packed = build_packed(quads)
+    assert packed.plan is not None
+    return replace(packed, plan=None, lengths=tuple(span.stop - span.start for span in packed.plan.spans))
+
+
 LAYOUTS: dict[str, Callable[[Sequence[TokenQuad]], Layout]] = {
     "tree": build_tree,
     "packed": build_packed,
     "padded": build_padded,
+    "single": build_single,
 }
 
 

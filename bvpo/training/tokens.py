@@ -96,6 +96,7 @@ class TokenDataset:
         longest = np.maximum(bounds[:, [1, 4, 7, 10]].max(axis=1, initial=0), 0)
         self._widths: npt.NDArray[np.int64] = (bounds[:, 0] + longest).astype(np.int64)
         self._branches: npt.NDArray[np.int64] = num_branches
+        self.longest: int = int(self._widths.max(initial=0))  # prompt and response
         self.num_sequence_tokens: npt.NDArray[np.int64] = self.num_tokens + bounds[:, 0] * (num_branches - 1)
         # Only data with several traces says so, so that files from before groups existed are still read.
         sizes = summary.get("groups") or [1] * len(self)
@@ -121,7 +122,7 @@ class TokenDataset:
         """Tokens that each quad puts through the model, padding included, and for padded rows their number; [N]."""
         if layout == "padded":
             return self._branches * self._widths, self._branches
-        return self.num_sequence_tokens if layout == "packed" else self.num_tokens, None
+        return self.num_sequence_tokens if layout in ("packed", "single") else self.num_tokens, None
 
     def run_tokens(self, layout: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
         """The same of whole groups; [G]."""

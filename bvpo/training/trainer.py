@@ -104,7 +104,12 @@ class BVPOTrainer(Trainer):
         model = load_policy(model, args)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         policy.install(base)
-        self.layout = agree(args, lambda: policy.choose_layout(base, args.layout))
+        train_tokens = self._tokens(train_dataset, processing_class, base, args, "train")
+        eval_tokens = self._tokens(eval_dataset, processing_class, base, args, "eval")
+        self._longest = max(
+            (tokens.longest for tokens in (train_tokens, eval_tokens) if tokens), default=args.max_length
+        )
+        self.layout = agree(args, lambda: policy.choose_layout(base, args.layout, self._longest))
         policy.use_layout(base, self.layout)
         dropout.switch_off(base, self.layout, args)
         _say_router_loss(base, args)
@@ -112,8 +117,6 @@ class BVPOTrainer(Trainer):
         check_precision(model, args)
         self.reference_model = self._hold_reference(model, ref_model, args)
         self._reference_weights = self._fingerprint_reference(base, args)
-        train_tokens = self._tokens(train_dataset, processing_class, base, args, "train")
-        eval_tokens = self._tokens(eval_dataset, processing_class, base, args, "eval")
         self._train_steps = None if train_tokens is None else self._steps(train_tokens, args, args.last_step)
         self._eval_steps = None if eval_tokens is None else self._steps(eval_tokens, args)  # all of them
         # Until a step has shown a gradient; policy = reference holds for a first step alone.
@@ -161,6 +164,10 @@ class BVPOTrainer(Trainer):
             )
         if args.backward == "sequence" and args.tokens_per_micro_batch is not None:
             raise UserError("tokens_per_micro_batch: backward = 'sequence' takes one sequence at a time; leave it out")
+        if self.layout == "single" and (args.fsdp or args.deepspeed or is_launched_sharded()):
+            raise UserError(
+                "layout: 'single' runs another number of forwards on each rank; this model cannot be sharded"
+            )
         if tokens.has_groups and args.trace_estimator != "traces":
             raise UserError(
                 f"trace_estimator: got {args.trace_estimator!r}, but the tokens have quads with several traces"
@@ -195,7 +202,7 @@ class BVPOTrainer(Trainer):
                 "ref_model: got a PEFT model, expected a plain one; merge its adapter first (merge_and_unload)"
             )
         policy.install(ref_model)
-        if self.layout != "padded":
+        if self.layout not in policy.OWN_ATTENTION:
             ref_model.set_attn_implementation(model.config._attn_implementation)
         return ref_model.requires_grad_(False).eval()
 
@@ -397,6 +404,7 @@ class BVPOTrainer(Trainer):
                 eval_dataset, self.processing_class, self.accelerator.unwrap_model(self.model), self.args, "eval"
             )  # type: ignore[arg-type]
             assert tokens is not None
+            policy.require_tried(self.accelerator.unwrap_model(self.model), self.layout, self._longest, tokens.longest)
             steps = self._steps(tokens, self.args)  # type: ignore[arg-type]
         if steps is None:
             raise UserError("eval_dataset: got none, expected held-out quads to evaluate on")

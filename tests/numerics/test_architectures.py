@@ -11,7 +11,10 @@ import torch
 import transformers
 
 from bvpo.strict import UserError
-from bvpo.training.policy import choose_layout, install
+from bvpo.training import policy
+from bvpo.training.layout import LAYOUTS
+from bvpo.training.miniature import miniature, thresholds
+from bvpo.training.policy import _probe_quads, branch_outputs, choose_layout, install
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -106,6 +109,72 @@ def test_family_gets_the_layout_that_the_page_says(family: str) -> None:
     if layout == "padded":
         with pytest.raises(UserError, match="use layout = 'auto'"):
             choose_layout(model, "tree")
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    "longrope": {
+        "rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 24,
+        "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+    },
+}  # fmt: skip
+
+
+def build(family: str, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    kind = getattr(transformers, f"{family}Config")
+    model = getattr(transformers, f"{family}ForCausalLM")(kind(vocab_size=97, **(BASE | settings)))
+    install(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("rope", sorted(ROPES))
+def test_rope_that_depends_on_the_batch_runs_each_sequence_alone(rope: str) -> None:
+    """Mutations: the trial stays below the original length; the frequencies of an earlier, longer sequence stay."""
+    limit = 24 if rope == "dynamic" else 96
+    model = build("Llama", rope_parameters=ROPES[rope], max_position_embeddings=limit)
+    assert choose_layout(model, "auto", 24) == "tree"  # within the original length nothing changes
+    assert choose_layout(model, "auto") == "single"
+    quads = _probe_quads(model, 90)
+    ours = branch_outputs(model, LAYOUTS["single"](quads[1:] + quads[:1]))[..., :2].sum(-1)
+    for quad, sums in zip(quads[1:] + quads[:1], ours, strict=True):
+        for branch, ours_sum in zip(quad.branches, sums, strict=True):
+            fresh = build("Llama", rope_parameters=ROPES[rope], max_position_embeddings=limit)
+            ids = torch.tensor([*quad.prefix_ids, *branch.ids])[None]  # type: ignore[union-attr]
+            logps = torch.log_softmax(fresh(input_ids=ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])[:, 0]
+            expected = logps[len(quad.prefix_ids) + branch.scored_from - 1 :].sum()  # type: ignore[union-attr]
+            torch.testing.assert_close(ours_sum, expected, rtol=1e-5, atol=1e-4)
+
+
+WINDOWED: dict[str, dict[str, Any]] = {"sliding_window": 30, "use_sliding_window": True, "max_window_layers": 1}
+EXPERTS = MOE | {"num_experts": 4, "shared_expert_intermediate_size": 16}
+
+
+def test_a_window_that_reaches_the_mask_alone_is_not_shared() -> None:
+    """Mutation: a trial that is shorter than the window; windows of layers not counted and hidden states not compared."""
+    assert choose_layout(build("Qwen2Moe", **EXPERTS, **WINDOWED), "auto") == "padded"
+    assert choose_layout(build("Qwen2Moe", **EXPERTS, **WINDOWED), "auto", 30) == "tree"  # no sequence meets its window
+    assert choose_layout(build("Qwen2", **WINDOWED), "auto") == "tree"
+
+
+def test_a_long_window_is_tried_on_a_miniature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutations: a model too large to run past its window taken on trust; a miniature that keeps the long window."""
+    long = WINDOWED | {"sliding_window": 4096}
+    assert thresholds(miniature(build("Qwen2Moe", **EXPERTS, **long)).config) == [8]
+    assert choose_layout(build("Qwen2Moe", **EXPERTS, **long), "auto") == "padded"
+    monkeypatch.setattr(policy, "AFFORDABLE", 0.0)
+    monkeypatch.setattr(policy, "miniature", lambda model: 1 / 0)
+    assert choose_layout(build("Qwen2", **long), "auto") == "single"  # nothing can vouch for more
+
+
+def test_a_model_that_sees_later_tokens_is_refused() -> None:
+    """Mutation: no look at what a later token changes."""
+    model = build("Llama")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.out_features == 48:
+            module.register_forward_hook(lambda _, __, out: out + out.mean(dim=1, keepdim=True))
+    with pytest.raises(UserError, match="is not causal"):
+        choose_layout(model, "auto")
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))
