@@ -9,6 +9,9 @@ records arrive (after a random number of them), or when the last one is there (s
 every record is compared with the run that was left alone: keys, token ids, texts, traces, answers and errors exactly,
 log-probabilities and scores to 1e-4 (batches differ after a kill, and so may the rounding).
 
+A fifth campaign kills ``bvpo train``, at any moment and while a checkpoint or the model is written. Weights, metrics.jsonl
+with train_loss (times apart) and held_out.jsonl must be the bytes of the run that was left alone.
+
 Each command is a process of its own, forked from a server that has only imported what commands import, which makes a start
 take a second instead of seven. A process is killed, not the machine: nothing here says what a power failure does.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import multiprocessing
 import os
@@ -24,12 +28,13 @@ import platform
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +58,7 @@ FORKS = multiprocessing.get_context("forkserver")
 PRELOAD = [
     *("bvpo.stages.prompts", "bvpo.stages.sample", "bvpo.stages.score", "bvpo.engines.embedded", "bvpo.engines.openai"),
     *("bvpo.scorers.classifier", "bvpo.scorers.judge", "openai", "pyarrow.parquet", "tqdm.contrib.logging"),
+    *("bvpo.stages.train", "bvpo.training.trainer", "bvpo.training.estimate", "bvpo.training.data", "datasets"),
     *("transformers.models.qwen2.modeling_qwen2", "transformers.models.llama.modeling_llama"),
 ]
 
@@ -141,8 +147,6 @@ def finish(experiment: Experiment, verb: str) -> None:
 
 
 def _serve(model: str, addresses: Any) -> None:
-    import hashlib
-
     from judge_server import judge_server
     from models_fixtures import tiny_tokenizer
     from servers.completions_server import CompletionsServer
@@ -339,13 +343,126 @@ def summary(kills: list[dict[str, Any]], rounds: list[dict[str, Any]], num: int,
     }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+TRAIN = "train"
+TRAIN_FLAGS = {
+    "save": "steps",
+    "save_steps": "2",
+    "logging_steps": "3",
+    "save_total_limit": "2",
+    "telemetry_steps": "5",
+}
+
+
+def run_train(root: Path, times: int, seed: int) -> dict[str, Any]:
+    """Kills ``bvpo train`` ``times`` times on the material of docs/examples/first_run.py."""
+    examples = Path(__file__).resolve().parents[1] / "docs" / "examples"
+    root.mkdir(parents=True)
+    subprocess.run([sys.executable, str(examples / "first_run.py")], cwd=root, check=True, stdout=subprocess.DEVNULL)
+    material = root / "experiments" / "first"
+
+    def begin(place: Path) -> Any:
+        if not place.is_dir():
+            (place / "first").mkdir(parents=True)
+            shutil.copy(material / "quads.jsonl", place / "first" / "quads.jsonl")
+        words = [TRAIN, str(examples / "first.toml"), "--root", str(place), "--model.path", str(material / "model")]
+        words += [word for name, value in TRAIN_FLAGS.items() for word in (f"--train.{name}", value)]
+        process = FORKS.Process(target=_command, args=(words, str(place / "log")))
+        process.start()
+        return process
+
+    begin(root / "warm").join()
+    began = time.monotonic()
+    begin(root / "whole").join()
+    seconds = time.monotonic() - began
+    expected = _trained(root / "whole" / "first" / TRAIN)
+    assert len(expected) == 3, (root / "whole" / "log").read_text()[-2000:]
+    print(f"uninterrupted: {seconds:.1f} s", flush=True)
+    dice, kills, rounds = random.Random(seed), [], []
+    while len(kills) < times:
+        place, mine = root / f"round{len(rounds)}", 0
+        while mine < min(MOST_KILLS_PER_ROUND, times - len(kills)):
+            outcome = _kill_training(begin(place), place / "first" / TRAIN, seconds, dice)
+            if outcome is None:
+                break  # it was done first
+            kills.append(outcome)
+            mine += 1
+        process = begin(place)
+        process.join()
+        found = _trained(place / "first" / TRAIN)
+        differ = [name for name, value in expected.items() if found.get(name) != value]
+        rounds.append({"kills": mine, "refused": process.exitcode != 0, "differ": differ})
+        if process.exitcode or differ:
+            print((place / "log").read_text()[-2000:], differ)
+        shutil.rmtree(place)
+        print(f"round {len(rounds)}: {rounds[-1]}", flush=True)
+    refusals, changed = sum(one["refused"] for one in rounds), sum(bool(one["differ"]) for one in rounds)
+    return {
+        "kills": len(kills),
+        "when": dict(Counter(kills)),
+        "rounds": len(rounds),
+        "refusals": refusals,
+        "rounds_that_differ": changed,
+        "compared": sorted(expected),
+        "seconds_uninterrupted": round(seconds, 2),
+        "passed": not refusals and not changed,
+    }
+
+
+def _unfinished(folder: Path) -> bool:
+    return any(not (path / "bvpo_run.json").exists() for path in folder.glob("checkpoint-*"))
+
+
+def _kill_training(process: Any, folder: Path, seconds: float, dice: random.Random) -> str | None:
+    """Kills at a random moment, or when a save has begun; what it left, or None if it ended by itself."""
+    kind, moment = dice.choice(("any", "saving", "saving")), dice.uniform(0, 0.9 * seconds)
+    skip, began = dice.randrange(3), time.monotonic()
+    is_in_save = False
+    while process.is_alive():
+        saves = _unfinished(folder) or (folder / "_final").exists()
+        skip -= saves and not is_in_save
+        is_in_save = saves
+        if skip < 0 if kind == "saving" else time.monotonic() - began >= moment:
+            break
+        time.sleep(0.0005)
+    time.sleep(dice.uniform(0, 0.03))
+    process.kill()
+    process.join()
+    if process.exitcode != -signal.SIGKILL:
+        return None
+    if (folder / "_final").exists():
+        return "while the final model was written"
+    if _unfinished(folder):
+        return "within a save or a rotation"
+    return "between saves" if any(folder.glob("checkpoint-*")) else "before the first save"
+
+
+def _trained(folder: Path) -> dict[str, Any]:
+    """What a run leaves, times apart."""
+    found: dict[str, Any] = {}
+    weights, metrics, held_out = (
+        folder / name for name in ("final/model.safetensors", "metrics.jsonl", "held_out.jsonl")
+    )
+    if weights.is_file():
+        found["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if metrics.is_file():
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        timed = ("runtime", "per_second")
+        found["metrics"] = [{k: v for k, v in e.items() if not any(word in k for word in timed)} for e in lines]
+    if held_out.is_file():
+        found["held_out"] = held_out.read_text()
+    return found
+
+
 def main() -> int:
     from look_fixtures import save_talking_model
     from scoring_fixtures import save_classifier
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=60, help="kills per campaign (default 60)")
-    parser.add_argument("--only", nargs="+", choices=list(CAMPAIGNS), default=list(CAMPAIGNS))
+    parser.add_argument("--only", nargs="+", choices=[*CAMPAIGNS, TRAIN], default=[*CAMPAIGNS, TRAIN])
     parser.add_argument("--prompts", type=int, default=40, help="six records each (default 40)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -357,8 +474,13 @@ def main() -> int:
         (root / "models").mkdir()
         save_talking_model(root / "models" / "model")
         save_classifier(root / "models" / "reward")
-        with serving(root / "models") as servers:
-            for number, name in enumerate(args.only):
+        if TRAIN in args.only:
+            print(f"{TRAIN}:", flush=True)
+            found[TRAIN] = run_train(root / TRAIN, args.times, args.seed)
+        others = [name for name in args.only if name != TRAIN]
+        with serving(root / "models") if others else nullcontext() as servers:
+            for number, name in enumerate(others):
+                assert servers is not None
                 print(f"{name}:", flush=True)
                 place = root / f"campaign{number}"
                 found[name] = run(place, CAMPAIGNS[name], servers, args.times, args.prompts, args.seed)

@@ -25,6 +25,7 @@ from bvpo.jobs.pool import Event, has_gpu, run_job, run_jobs
 from bvpo.jobs.tuning import TUNED, at_edges, choose, finalists, plan_tuning, read_tuned, tuned_toml
 from bvpo.jobs.view import RunView
 from bvpo.store import begin_stage, finish_stage, forget_stage, write_atomically
+from bvpo.store.disk import folder_lock, make_folder
 from bvpo.strict import OtherSettings, UserError, to_dict
 from bvpo.verbs import run_words
 
@@ -59,6 +60,12 @@ def run(config: ExperimentConfig, options: StageOptions, *, tune: bool = False) 
             _rehearse(jobs[0], options)
         return
     folder = home(config)
+    make_folder(folder)
+    with folder_lock(folder, "run", refusal="another bvpo run is at work in this folder; wait for it"):
+        _run(config, options, folder, jobs, tuned)
+
+
+def _run(config: ExperimentConfig, options: StageOptions, folder: Path, jobs: Sequence[Job], tuned: Tuned) -> None:
     before = _begin(config, folder, tuned)
     try:
         _work(config, jobs, options, "run")

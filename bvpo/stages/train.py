@@ -3,24 +3,29 @@
 Reads the quads that ``[data]`` names (or ``quads.jsonl`` of the experiment folder), tokenises them once, says what the
 run will cost, trains, and leaves in ``ROOT/NAME/train``: checkpoints, ``metrics.jsonl``, ``summary.json``, ``final/``, a
 plain Hugging Face model folder, and ``held_out.jsonl``, what that model says of the held-out quads. Run again, it resumes
-from the last checkpoint; under a changed config it refuses. The same command works under ``accelerate launch``.
+from the newest finished checkpoint; under a changed config it refuses. SIGTERM and ctrl-C end it behind a checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
+import os
+import shutil
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
 from bvpo.records import VIEWS
-from bvpo.store.disk import make_folder, write_atomically
-from bvpo.store.manifest import begin_stage, finish_stage, forget_stage, read_manifest
+from bvpo.store.disk import folder_lock, make_folder, sync_file, sync_folder, write_atomically
+from bvpo.store.manifest import begin_stage, check_stage, finish_stage, forget_stage, read_manifest
 from bvpo.strict import UserError, parse_json, write_jsonl
 
 logger = logging.getLogger(__name__)
@@ -36,20 +41,68 @@ def main(argv: Sequence[str]) -> int | None:
 
 
 def run(config: ExperimentConfig, options: StageOptions) -> None:
-    """One training run; everything heavy is imported here, after the config has been checked."""
+    """One training run, the only one in its folder."""
+    folder = Path(config.root) / config.name
+    config = _with_data(config, folder, options)
+    make_folder(folder / "train")
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_stopping())
+        if not options.dry_run and int(os.environ.get("RANK", "0")) == 0:
+            refusal = "another bvpo train is at work in this folder; wait for it, or give the experiment another name"
+            stack.enter_context(folder_lock(folder / "train", "train", refusal=refusal))
+        _run(config, options, folder, stop)
+
+
+class _Stop:
+    """What a signal asks for: an end behind the step at work while steps are taken, at once otherwise."""
+
+    trainer: Any = None
+    number = 0
+
+    def __call__(self, number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        if self.trainer is not None and self.trainer.takes_steps and not self.number:
+            self.number, self.trainer.stop_asked = number, True
+            os.write(2, f"{name}: ending after this step, with a checkpoint\n".encode())  # a handler must not log
+            return
+        self.number = number
+        self.leave()
+
+    def leave(self) -> None:
+        """Ends with the exit code that shells give a process killed by this signal: 130 for ctrl-C, 143 for SIGTERM."""
+        if self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        logger.info("SIGTERM      training ended; running the same command again resumes")
+        raise SystemExit(128 + self.number)
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[_Stop]:
+    """Signals can be handled in the main thread only; elsewhere they stay whose they are."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(config: ExperimentConfig, options: StageOptions, folder: Path, stop: _Stop) -> None:
+    """Everything heavy is imported here, after the config has been checked."""
     from transformers import AutoConfig
-    from transformers.trainer_utils import get_last_checkpoint
     from transformers.utils import logging as transformers_logging
 
     from bvpo.training.arguments import arguments_from
+    from bvpo.training.callbacks import Stopped
     from bvpo.training.estimate import estimate_run, require_fit
     from bvpo.training.objective import Objective
 
     transformers_logging.disable_progress_bar()  # one bar: ours
-    folder = Path(config.root) / config.name
     output = folder / "train"
-    config = _with_data(config, folder, options)
-    make_folder(output)
     args = arguments_from(
         config.train,
         output_dir=str(output),
@@ -71,20 +124,70 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
     if options.dry_run:
         return
     trainer = _trainer(config, args, tokenizer, train_tokens, eval_tokens)
-    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if _is_done(folder, trainer, output, eval_tokens):
+        return
+    checkpoint = trainer.newest_checkpoint()
     if is_main:
         _begin(folder, config, trainer, output, has_work=bool(checkpoint))
     if checkpoint and is_main:
         logger.info("resuming from %s", checkpoint)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(output / "final"))
+    stop.trainer = trainer
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint or None)
+    except Stopped:
+        if is_main:
+            logger.info(
+                "stopped      checkpoint saved at step %d of %d", trainer.state.global_step, trainer.state.max_steps
+            )
+        stop.leave()
+    _save_final(trainer, output)
     seconds = time.perf_counter() - started
     _write_held_out(trainer, output, eval_tokens, held_out, checkpoint)
     if trainer.is_world_process_zero():
         _finish(trainer, output, seconds, train_tokens, eval_tokens)
     if args.push_to_hub:
         trainer.push_to_hub()
+
+
+def _is_done(folder: Path, trainer: Any, output: Path, eval_tokens: Any) -> bool:
+    """Whether the very same run ended here before; then nothing is changed. The first rank looks, for all."""
+    from bvpo.training.loading import agree
+
+    def steps() -> str:
+        entry = check_stage(folder, "train", config=_settings(trainer))
+        summary = output / "summary.json"
+        if entry is None or entry.finished is None or not summary.is_file() or not (output / "final").is_dir():
+            return ""
+        found = parse_json(summary.read_text(encoding="utf-8"), str(summary))
+        held_out = None if eval_tokens is None else eval_tokens.fingerprint
+        return str(found.get("optimizer_steps", "")) if found.get("held_out") == held_out else ""
+
+    num_steps = agree(trainer.args, steps)
+    if num_steps and trainer.is_world_process_zero():
+        logger.info("done before  %s steps, model in %s; nothing is changed", num_steps, output / "final")
+    return bool(num_steps)
+
+
+def _settings(trainer: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(trainer.identity(), default=str))
+
+
+def _save_final(trainer: Any, output: Path) -> None:
+    """The model beside the checkpoints, under its name only once it is whole."""
+    draft, final = output / "_final", output / "final"  # transformers uploads nothing that starts so
+    is_main = trainer.is_world_process_zero()
+    if is_main:
+        shutil.rmtree(draft, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(draft))
+    trainer.accelerator.wait_for_everyone()
+    if is_main:
+        for path in draft.rglob("*"):
+            sync_file(path) if path.is_file() else sync_folder(path)
+        shutil.rmtree(final, ignore_errors=True)
+        draft.rename(final)
+        sync_folder(output)
 
 
 def _with_data(config: ExperimentConfig, folder: Path, options: StageOptions) -> ExperimentConfig:
@@ -178,7 +281,7 @@ def _begin(folder: Path, config: ExperimentConfig, trainer: Any, output: Path, *
     """Refuses to go on with other settings than the folder's run was started with, then records these."""
     if not has_work and not (output / "final").is_dir():
         forget_stage(folder, "train")  # nothing of an earlier try is left that could be mixed up
-    begin_stage(folder, "train", config=json.loads(json.dumps(trainer.identity(), default=str)))
+    begin_stage(folder, "train", config=_settings(trainer))
     write_atomically(folder / "config.toml", dump_toml(config))
 
 

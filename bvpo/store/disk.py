@@ -90,17 +90,34 @@ def try_lock(handle: int) -> bool:
 
 
 @contextmanager
-def folder_lock(folder: Path, name: str) -> Iterator[None]:
-    """Holds ``folder/.name.lock``, waiting for it if need be."""
+def folder_lock(folder: Path, name: str, *, refusal: str = "") -> Iterator[None]:
+    """Holds ``folder/.name.lock``, waiting for it if need be; with a ``refusal``, that is raised instead of waiting."""
     path = folder / f".{name}.lock"
     with disk_errors(path, "taking the lock"):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
+            if not refusal:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            elif not try_lock(handle):
+                raise UserError(f"{folder}: {refusal}")
+        except (OSError, UserError):
             os.close(handle)
             raise
+    _HELD.add(handle)
     try:
         yield
     finally:
+        _HELD.discard(handle)
         os.close(handle)
+
+
+_HELD: set[int] = set()
+
+
+def _let_go() -> None:
+    """In a forked child: a data loader's worker that outlives its killed parent must not keep the parent's lock."""
+    while _HELD:
+        os.close(_HELD.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)

@@ -99,6 +99,7 @@ class BVPOConfig(TrainingArguments):
         # "auto" values are filled in).
         self.gradient_accumulation_steps = 1
         super().__post_init__()
+        refuse_zero3(self.deepspeed_plugin)
         if self.quads_per_step is None:
             self.quads_per_step = local * max(1, self.world_size)
         self.per_device_train_batch_size = max(1, self.quads_per_step // max(1, self.world_size))
@@ -123,6 +124,13 @@ class BVPOConfig(TrainingArguments):
         if config.kind != "none" and not config.weight > 0:
             raise UserError(f"anchor_weight: got {config.weight}, expected a number above 0 for anchor {config.kind!r}")
         return config
+
+
+def refuse_zero3(plugin: Any) -> None:
+    """ZeRO-3 would hide the weights from the choice of a layout, and leave a final model without any."""
+    stage = ((plugin and plugin.deepspeed_config) or {}).get("zero_optimization", {}).get("stage")
+    if stage == 3:
+        raise UserError("deepspeed: ZeRO-3 is not supported; use stage 2, or FSDP2, which shards the weights as well")
 
 
 _CHOICES = {

@@ -1,33 +1,38 @@
-"""What happens around the steps of a run: reshuffling, metrics on disk, checkpoint identity, and one readable log line.
+"""What happens around the steps of a run: reshuffling, metrics on disk, stopping, and one readable log line.
 
 In: the trainer's state at transformers' callback hooks. Out: ``metrics.jsonl`` (machines), a progress bar with one short
-line per log entry (people), and ``bvpo_run.json`` and ``bvpo_noise.json`` in every checkpoint.
+line per log entry (people), and the end of a run that was asked to stop, behind a checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from bvpo.store.disk import disk_errors, write_atomically
 from bvpo.strict import UserError
 
 if TYPE_CHECKING:
     from bvpo.training.trainer import BVPOTrainer
 
 METRICS_FILE = "metrics.jsonl"
-IDENTITY_FILE = "bvpo_run.json"
-NOISE_FILE = "bvpo_noise.json"
+
+
+class Stopped(Exception):
+    """Training ended behind a checkpoint because it was asked to."""
 
 
 class Bookkeeping(TrainerCallback):
-    """Reshuffles each epoch, fills the reference of sharded models, writes metrics.jsonl and the checkpoint's identity."""
+    """Reshuffles each epoch, fills the reference of sharded models, writes metrics.jsonl, stops when asked to."""
 
     def __init__(self, trainer: BVPOTrainer) -> None:
         self._trainer = trainer
+        self._owes_save = self._is_stopping = False
         self._padding: dict[int, Any] = {}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -43,37 +48,57 @@ class Bookkeeping(TrainerCallback):
                 config.pad_token_id = self._padding.get(id(config))
         trainer.start_clock(time.perf_counter())
         if state.is_world_process_zero:
-            _forget_after(Path(args.output_dir) / METRICS_FILE, state.global_step)
+            _rewrite(Path(args.output_dir) / METRICS_FILE, state.log_history)
         if trainer.lacks_reference:
             # Sharded models come here resumed, too, with trained weights: then only the cache can give the reference.
             if state.global_step and not trainer.reference_is_cached:
                 raise UserError("reference log-probs: the first run's cache is gone, and this model is trained already")
             trainer.fill_reference(trainer.model_wrapped)
+        trainer.restore_progress()
+        if state.global_step:
+            args.eval_on_start = False  # it was evaluated at the start
+        self._owes_save = self._is_stopping = False
+        trainer.takes_steps = True
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.start_epoch(int(state.epoch or 0))
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._is_stopping = self._trainer.is_asked_to_stop()
+        control.should_save |= self._is_stopping
+        if control.should_save and self._trainer.ends_epoch(state.global_step, control):
+            # What belongs to the epoch's end (an evaluation, a log entry) comes first: a run resumed from this
+            # checkpoint begins with the next epoch.
+            self._owes_save, control.should_save = True, False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save |= self._owes_save
+        self._owes_save = False
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            folder = Path(args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            entry = {"step": state.global_step, "epoch": state.epoch, **logs}
-            with (folder / METRICS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, default=float) + "\n")
+            path = Path(args.output_dir) / METRICS_FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with disk_errors(path, "adding an entry"), path.open("a", encoding="utf-8") as file:
+                file.write(_line({"step": state.global_step, "epoch": state.epoch, **logs}))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            (folder / NOISE_FILE).write_text(json.dumps(self._trainer.telemetry.online.state(), indent=1))
-            (folder / IDENTITY_FILE).write_text(json.dumps(self._trainer.identity(), default=str, indent=1))
+        if self._is_stopping:
+            raise Stopped
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.takes_steps = False
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drops entries of steps that are taken again: a killed run logs past its last checkpoint, a fresh one starts over."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and 0 < json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+def _rewrite(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """The entries that the checkpoint knows of, none for a fresh run: a killed one logs past its last checkpoint."""
+    if history or path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "".join(_line({"step": e["step"], "epoch": e.get("epoch"), **e}) for e in history))
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, default=float) + "\n"
 
 
 def _token_configs(model: Any) -> list[Any]:

@@ -1,28 +1,24 @@
 """What decides a training run's numbers, and so which checkpoints it may go on from.
 
-In: the arguments of a run, a checkpoint folder; out: the deciding arguments by name, and what the checkpoint's looks at the
-gradients had found. A checkpoint of another identity is refused with the differences. Nothing is written here.
+In: the arguments of a run. Out: the deciding arguments by name. How a step is cut into backward passes and where the
+reference lives change time and memory, so a run that ran out of memory goes on with a smaller budget.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
-from bvpo.strict import OtherSettings, UserError
 from bvpo.training.arguments import BVPOConfig
-from bvpo.training.callbacks import IDENTITY_FILE, NOISE_FILE
 
 # Fields outside of BVPOConfig's own that change the numbers of a run.
 DECIDES = frozenset(
     {f.name for f in dataclasses.fields(BVPOConfig)}
     - {f.name for f in dataclasses.fields(TrainingArguments)}
-    - {"reference_cache", "layout", "head_chunk", "telemetry_steps", "alpha_every"}
+    - {"layout", "head_chunk", "telemetry_steps", "alpha_every"}
+    - {"tokens_per_micro_batch", "backward", "reference", "reference_cache"}
 ) | {
     "learning_rate",
     "lr_scheduler_type",
@@ -47,20 +43,3 @@ DECIDES = frozenset(
 def decisive_arguments(args: BVPOConfig) -> dict[str, Any]:
     """Everything in the arguments that decides the run's numbers."""
     return {f.name: getattr(args, f.name) for f in dataclasses.fields(BVPOConfig) if f.name in DECIDES}
-
-
-def check_checkpoint(folder: str | None, identity: Mapping[str, Any]) -> dict[str, float]:
-    """Refuses a checkpoint of another run; returns what its looks at the gradients had found."""
-    path = Path(folder or "") / IDENTITY_FILE
-    if folder is None or not path.is_file():
-        if folder is not None and Path(folder).is_dir():
-            raise UserError(
-                f"{folder}: no {IDENTITY_FILE}, so not a finished checkpoint of bvpo; delete it or name another"
-            )
-        return {}  # transformers says what is missing
-    before, now = json.loads(path.read_text()), json.loads(json.dumps(dict(identity), default=str))
-    changed = [f"{k}: {before.get(k)!r} -> {now.get(k)!r}" for k in sorted(before | now) if before.get(k) != now.get(k)]
-    if changed:
-        raise OtherSettings(f"{folder}: checkpoint of another run, cannot resume ({'; '.join(changed)})")
-    noise = path.with_name(NOISE_FILE)
-    return json.loads(noise.read_text()) if noise.is_file() else {}

@@ -90,8 +90,15 @@ def agree(args: BVPOConfig, decide: Callable[[], str]) -> str:
     """What rank 0 decides, on all ranks: with memory-efficient loading the others hold no weights to look at."""
     if max(1, args.world_size) == 1 or not torch.distributed.is_initialized():
         return decide()
-    found: list[Any] = [decide() if args.process_index == 0 else None]
+    found: list[Any] = [None, None]
+    if args.process_index == 0:
+        try:
+            found[0] = decide()
+        except UserError as error:  # the others would wait for an answer
+            found[1] = error
     torch.distributed.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise found[1]
     return found[0]
 
 

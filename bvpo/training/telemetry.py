@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -108,10 +109,14 @@ class Telemetry:
         found, self._found = self._found, {}
         return found
 
-    def restore(self, state: dict[str, float]) -> None:
-        """Goes on from ``online.state()`` of a checkpoint, or anew from an empty one."""
-        self.online.restore(state)
-        self._found, self._has_warned = {}, False
+    def state(self) -> dict[str, dict[str, float]]:
+        """What was learned, and the numbers of the last look that no log entry has had yet."""
+        return {"online": self.online.state(), "found": self._found}
+
+    def restore(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Goes on from :meth:`state` of a checkpoint, or anew from an empty one."""
+        self.online.restore(state.get("online", {}))
+        self._found, self._has_warned = dict(state.get("found", {})), False
 
     def identity(self) -> dict[str, Any]:
         """What of this decides the run's numbers."""

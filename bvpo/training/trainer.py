@@ -18,23 +18,23 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from bvpo.core.mixing import AlphaSource
 from bvpo.records import View
 from bvpo.strict import UserError
-from bvpo.training import dropout, policy, reference
+from bvpo.training import checkpoints, dropout, policy, reference
 from bvpo.training.arguments import BVPOConfig
 from bvpo.training.callbacks import Bookkeeping, use_concise_progress
 from bvpo.training.first_step import FirstStep, starts_at_reference, tolerance
 from bvpo.training.gradients import StepRunner
-from bvpo.training.identity import check_checkpoint, decisive_arguments
+from bvpo.training.identity import decisive_arguments
 from bvpo.training.loading import (
     adapter_settings,
     agree,
@@ -126,6 +126,9 @@ class BVPOTrainer(Trainer):
         self._tokens_seen = 0
         self._alpha = float("nan")
         self._last_loss: Any = 0.0
+        self._resumed: dict[str, Any] = {}
+        self.takes_steps = False
+        self.stop_asked = False  # set by a signal's handler: training ends behind the step at work, with a checkpoint
         self._clock = time.perf_counter()
         super().__init__(
             model=model,
@@ -214,10 +217,12 @@ class BVPOTrainer(Trainer):
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def _fingerprint_reference(self, base: nn.Module, args: BVPOConfig) -> str:
-        if args.reference != "cached" or not self.objective.needs_reference or self.reference_model is not None:
+        """Of whichever model is the reference, wherever it lives: held in memory, cached, or under an adapter."""
+        if not (self.objective.needs_reference or self.objective.needs_kl):
             return ""
+        held: Any = base if self.reference_model is None else self.reference_model
         # Adapters are no part of the reference: its cache serves every rank and every adapter.
-        named = ((n.replace(".base_layer", ""), t) for n, t in base.state_dict().items() if "lora_" not in n)
+        named = ((n.replace(".base_layer", ""), t) for n, t in held.state_dict().items() if "lora_" not in n)
         return agree(args, lambda: weights_fingerprint(named))
 
     def _reference_pass(self) -> reference.ReferencePass:
@@ -296,14 +301,40 @@ class BVPOTrainer(Trainer):
         """As in transformers. Reference log-probs are computed before the first step, with the untrained weights."""
         if self._train_steps is None:
             raise UserError("train_dataset: got none, expected quads to train on")
-        resume, looks = resume_from_checkpoint, {}
+        self._resumed, resume = {}, str(resume_from_checkpoint or "")
+        if resume_from_checkpoint is True:
+            resume = self.newest_checkpoint()
+            if not resume:
+                raise UserError(f"{self.args.output_dir}: no finished checkpoint to resume from")
         if resume:
-            folder = get_last_checkpoint(str(self.args.output_dir)) if resume is True else str(resume)
-            looks = check_checkpoint(folder, self.identity())
-        self.telemetry.restore(looks)
+            self._resumed = checkpoints.read(Path(resume), self.identity())
+        self.telemetry.restore(self._resumed.get("telemetry", {}))
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.fill_reference(self.model)  # sharded models wait until they are wrapped: see Bookkeeping
-        return super().train(resume_from_checkpoint=resume, **kwargs)
+        result = super().train(resume_from_checkpoint=resume or None, **kwargs)
+        return result._replace(training_loss=result.metrics["train_loss"])
+
+    def newest_checkpoint(self) -> str:
+        """The newest whole checkpoint in the output folder, as the first rank finds it, or ''."""
+        return agree(self.args, lambda: checkpoints.newest(Path(self.args.output_dir)))
+
+    def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
+        """As in transformers, which takes one step too many when resumed from the last checkpoint within an epoch."""
+        num_epochs, *others = super().set_initial_training_values(args, dataloader)
+        is_over = self._resumed and self._resumed["step"] >= others[-1]
+        return (0 if is_over else num_epochs, *others)
+
+    def ends_epoch(self, step: int, control: Any) -> bool:
+        """Whether no step of this epoch comes after this one."""
+        assert self._train_steps is not None
+        return control.should_training_stop or step % len(self._train_steps) == 0
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether any rank was asked to."""
+        if max(1, self.args.world_size) == 1:
+            return self.stop_asked
+        asked: Any = self.accelerator.reduce(torch.tensor(float(self.stop_asked), device=self.accelerator.device))
+        return bool(asked > 0)
 
     def get_train_dataloader(self) -> DataLoader:
         """One item per optimizer step. Already split over ranks, so accelerate must not shard it."""
@@ -469,6 +500,8 @@ class BVPOTrainer(Trainer):
             logs |= {"alpha": self._alpha, "tokens_per_second": tokens / elapsed}
             logs |= self._utilisation(tokens / elapsed) | self.telemetry.report()
             self._statistics, self._tokens_seen = None, 0
+        if "train_loss" in logs:  # of the whole run; transformers' own is of the steps since resuming
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
         _require_finite(logs, may_skip_steps=self.args.fp16)
         super().log(logs, start_time)
 
@@ -490,11 +523,66 @@ class BVPOTrainer(Trainer):
             self.state.num_input_tokens_seen += tokens * max(1, self.args.world_size)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As in transformers, but never of a model that has diverged: it would be resumed from."""
+        """As in transformers, but whole or none, and never of a model that has diverged: it would be resumed from."""
         _require_finite({"loss": float(self._last_loss)}, may_skip_steps=False)
-        super()._save_checkpoint(model, trial)
+        root = Path(self._get_output_dir(trial))
+        folder, is_main = root / f"checkpoint-{self.state.global_step}", self.is_world_process_zero()
+        progress = self._gather_progress()
+        if is_main:
+            checkpoints.discard(folder)  # a damaged or unfinished one of this step
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go once this one is whole
+        try:
+            with checkpoints.full_disk(folder, "saving a checkpoint"):
+                super()._save_checkpoint(model, trial)
+        except UserError:
+            checkpoints.discard(folder)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if is_main:
+            with checkpoints.full_disk(folder, "saving a checkpoint"):
+                checkpoints.seal(folder, self.identity(), progress)
+            checkpoints.rotate(root, limit, self.state.best_model_checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers."""
+        with checkpoints.full_disk(Path(output_dir or self.args.output_dir), "saving the model"):
+            super().save_model(output_dir, _internal_call)
 
     # --- what belongs to a checkpoint ----------------------------------------------------------------------------------
+
+    def _gather_progress(self) -> dict[str, Any]:
+        """Of all ranks, what is summed up between two log entries and over the run, which transformers' state lacks."""
+        gather: Any = self.accelerator.gather
+        device, found = self.accelerator.device, {"step": self.state.global_step, "telemetry": self.telemetry.state()}
+        found |= {"total_loss": self._total_loss_scalar, "last_logged": self._globalstep_last_logged}
+        found["loss"] = gather(self._tr_loss.detach().reshape(1)).tolist()
+        found["tokens_seen"] = gather(torch.tensor([self._tokens_seen], device=device)).tolist()
+        if self._statistics is not None:
+            found["statistics"] = gather(self._statistics.detach()[None]).tolist()
+            found["dtype"] = str(self._statistics.dtype).removeprefix("torch.")
+        return found
+
+    def restore_progress(self) -> None:
+        """What a resumed run had summed up; nothing of an earlier run otherwise. The loop has just set its own to zero."""
+        self._statistics, self._tokens_seen, found = None, 0, self._resumed
+        if not found:
+            return
+        device, size = self.accelerator.device, max(1, self.args.world_size)
+        self._total_loss_scalar, self._globalstep_last_logged = found["total_loss"], found["last_logged"]
+        same = len(found["loss"]) == size
+        own = self.args.process_index if same else 0
+        losses = torch.tensor(found["loss"])  # averaged over ranks when logged; the others are sums over ranks
+        self._tr_loss = (losses[own] if same else losses.mean()).to(device)
+        is_counted = same or self.args.process_index == 0
+        if is_counted:
+            self._tokens_seen = found["tokens_seen"][own] if same else sum(found["tokens_seen"])
+        if "statistics" in found:
+            statistics = torch.tensor(found["statistics"], dtype=getattr(torch, found["dtype"]))
+            mine = statistics[own] if same else statistics.sum(0)
+            self._statistics = (mine if is_counted else torch.zeros_like(mine)).to(device)
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the run's numbers: a checkpoint of another identity is not resumed."""

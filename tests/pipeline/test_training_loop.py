@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from training_fixtures import make_trainer, random_quads, tiny_causal_lm, write_tokens
 
 from bvpo.strict import UserError
-from bvpo.training.identity import check_checkpoint
+from bvpo.training.checkpoints import read
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -212,7 +213,6 @@ def test_another_model_is_another_run(tmp_path):
 def test_another_adapter_is_another_run(tmp_path):
     """Its settings scale the same weights. Mutation: the identity leaves out the adapter."""
     from peft import LoraConfig
-    from transformers.trainer_utils import get_last_checkpoint
 
     def lora(alpha):
         config = LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -220,7 +220,7 @@ def test_another_adapter_is_another_run(tmp_path):
 
     lora(4).train()
     assert lora(4).identity() == lora(4).identity()
-    check_checkpoint(get_last_checkpoint(str(tmp_path / "out")), lora(4).identity())
+    read(Path(lora(4).newest_checkpoint()), lora(4).identity())
     with pytest.raises(UserError, match=r"another run.*adapter.*'lora_alpha': 4.*'lora_alpha': 8"):
         lora(8).train(resume_from_checkpoint=True)
 
