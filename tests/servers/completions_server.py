@@ -173,10 +173,12 @@ class CompletionsServer:
 
 
 class _Server(ThreadingHTTPServer):
-    """A client that goes away is no error of the server's, whose traceback would stand in the stderr of a test."""
+    """A client that goes away, or an answer that breaks off because the server dies, is told nobody: its traceback would
+    stand in the stderr of a test."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), OSError):
+        dying = self.RequestHandlerClass.owner.released.is_set()  # type: ignore[attr-defined]
+        if not (dying or isinstance(sys.exception(), OSError)):
             super().handle_error(request, client_address)
 
 
