@@ -18,7 +18,7 @@ from bvpo.engines.base import Generation, Request, Sampling
 from bvpo.engines.embedded import EmbeddedEngine, from_model
 from bvpo.engines.openai import OpenAIEngine, create
 
-QUICK: dict[str, Any] = {"retry_base_s": 0.01, "retry_cap_s": 0.5, "timeout_s": 20.0, "connect_timeout_s": 2.0}
+QUICK: dict[str, Any] = {"retry_base_s": 0.01, "retry_cap_s": 0.5, "timeout_s": 60.0, "connect_timeout_s": 30.0}
 
 
 @cache

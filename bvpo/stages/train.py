@@ -37,6 +37,9 @@ HELD_OUT = "held_out.jsonl"
 def main(argv: Sequence[str]) -> int | None:
     config, options = parse_command("train", argv, ABOUT)
     run(config, options)
+    from bvpo.training.loading import end_process
+
+    end_process()
     return None
 
 

@@ -6,9 +6,12 @@ Weights come from safetensors only, and remote code is never trusted here: load 
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import importlib.util
 import os
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -175,3 +178,20 @@ def shard_frozen(model: Any, accelerator: Any) -> Any:
         if type(module).__name__ in names:
             fully_shard(module, mp_policy=mixed, reshard_after_forward=True)
     return fully_shard(model, mp_policy=mixed, reshard_after_forward=True)
+
+
+def end_process() -> None:
+    """Ends one process of several with exit code 0, without taking the interpreter down; does nothing in a single process.
+
+    A thread of gloo that lets go of its last tensor while the interpreter goes down aborts its process: "terminate called
+    without an active exception", exit code -6, after all work is done. Under DDP ``destroy_process_group`` leaves those
+    threads. What the interpreter does before that point is done here: threads, exit handlers, buffers.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    torch.distributed.destroy_process_group()
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)

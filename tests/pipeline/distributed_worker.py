@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from training_fixtures import make_trainer, random_quads, tiny_causal_lm, use_exact_norms, write_tokens
 
+from bvpo.training.loading import end_process
+
 QUADS = random_quads(10, seed=7, ragged_views=True, tails=True)
 
 
@@ -54,8 +56,17 @@ def fsdp2(folder: Path) -> None:
     assert all(isinstance(p.grad, DTensor) for p in model.parameters())
     if dist.get_rank() == 0:
         torch.save({"loss": loss / dist.get_world_size(), "gradients": gradients}, folder / "result.pt")
-    dist.destroy_process_group()
+
+
+class Teardown:
+    """Aborts as a thread of gloo may when the interpreter goes down."""
+
+    def __del__(self) -> None:
+        os.abort()
 
 
 if __name__ == "__main__":
     {"train": train, "fsdp2": fsdp2}[sys.argv[1]](Path(sys.argv[2]))
+    if dist.is_initialized():
+        last = Teardown()
+        end_process()

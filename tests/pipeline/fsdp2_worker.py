@@ -20,7 +20,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.tensor import DTensor
 from training_fixtures import make_trainer, random_quads, tiny_causal_lm, use_exact_norms
 
-from bvpo.training.loading import keep_outputs_wide, shard_frozen
+from bvpo.training.loading import end_process, keep_outputs_wide, shard_frozen
 
 QUADS = random_quads(10, seed=7, ragged_views=True, tails=True)
 SIMPO: dict[str, Any] = {"loss": "simpo", "beta": 0.3, "gamma": 0.5}
@@ -74,4 +74,4 @@ if __name__ == "__main__":
     results = {mode: step(Path(sys.argv[1]), mode) for mode in MODES}
     if dist.get_rank() == 0:
         torch.save(results, Path(sys.argv[1]) / "results.pt")
-    dist.destroy_process_group()
+    end_process()

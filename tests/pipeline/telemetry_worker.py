@@ -20,6 +20,7 @@ from training_fixtures import make_trainer, random_quads, tiny_causal_lm, use_ex
 
 from bvpo.core import online_alpha
 from bvpo.training import looks
+from bvpo.training.loading import end_process
 from bvpo.training.sketching import BUCKETS
 
 QUADS = random_quads(36, seed=7, ragged_views=True, tails=True)
@@ -65,4 +66,4 @@ if __name__ == "__main__":
     if trainer.is_world_process_zero():
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         torch.save({"state": trainer.model.state_dict(), "logs": logs, "rows": rows.sketches}, target / "results.pt")
-    dist.destroy_process_group()
+    end_process()

@@ -111,21 +111,19 @@ def test_every_parameter_is_spelled_out(pair):
 def test_results_come_as_they_finish_and_an_early_end_cancels_the_rest():
     """Mutations: yield in request order; do not cancel open requests when the caller stops."""
     http = server()
-    with connected([http], concurrency=4) as engine:
+    with connected([http], concurrency=4, timeout_s=600.0) as engine:
         engine.preflight()
         http.script = lambda number: "hang" if number >= 0 and http.seen[number]["seed"] == 10**12 else None
         stream = engine.generate(requests(12))
-        began = time.monotonic()
         first = [next(stream).key for _ in range(11)]
         assert "k0" not in first and len(set(first)) == 11
         stream.close()
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 30
         while engine._pool.endpoints[0].in_flight and time.monotonic() < deadline:  # type: ignore[union-attr]
             time.sleep(0.01)
         assert engine._pool.endpoints[0].in_flight == 0  # type: ignore[union-attr]
         again = list(engine.generate(requests(3)[1:]))
         assert {g.finish for g in again} == {"length"}
-        assert time.monotonic() - began < 5
 
 
 def test_concurrency_and_lookahead_are_bounded():
@@ -338,13 +336,12 @@ def test_a_hanging_server_is_found_out_and_replaced():
     """Mutations: no timeout; wait out several timeouts although the server's list of models is silent too."""
     hanging, staying = server(), server()
     batch = requests(12)
-    with connected([hanging, staying], timeout_s=0.5, concurrency=2) as engine:
-        engine.preflight()
+    with connected([hanging, staying], concurrency=2) as engine:
+        start = engine.preflight() and len(hanging.seen)
         engine._pool.endpoints[0]._policy = RetryPolicy(timeout_s=0.5, probe_timeout_s=0.3, base_s=0.01)  # type: ignore[union-attr]
         hanging.script = always("hang", after=-1)
-        began = time.monotonic()
         found = by_key(list(engine.generate(batch)))
-        assert time.monotonic() - began < 4
+        assert len(hanging.seen) - start <= 2, "each of its two places waited for once"
     assert {k: g.token_ids for k, g in found.items()} == {k: g.token_ids for k, g in expected(batch).items()}
 
 
@@ -352,8 +349,9 @@ def test_a_server_that_only_hangs_on_some_requests_is_not_given_up():
     """Mutation: put an endpoint aside at the first timeout."""
     http = server()
     batch = requests(12)
-    with connected([http], timeout_s=0.5, concurrency=4) as engine:
+    with connected([http], concurrency=4) as engine:
         start = engine.preflight() and len(http.seen)
+        engine._pool.endpoints[0]._policy = RetryPolicy(timeout_s=1.0, probe_timeout_s=60.0, base_s=0.01)  # type: ignore[union-attr]
         http.script = fault_at(start, start + 5, fault="hang")
         found = by_key(list(engine.generate(batch)))
     assert {k: g.token_ids for k, g in found.items()} == {k: g.token_ids for k, g in expected(batch).items()}

@@ -13,6 +13,7 @@ import hashlib
 import json
 import queue
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -97,13 +98,14 @@ class CompletionsServer:
         self.cut_off = 0  # answers that nobody waited for
         self.lock = threading.Lock()
         self.released = threading.Event()  # ends hanging requests
+        self.connections: set[socket.socket] = set()
         self._work: queue.Queue[tuple[list[Request], queue.Queue[list[Generation]]] | None] = queue.Queue()
         self._engine = engine
         # Samples are a function of the request: a memory that tests share saves drawing the same ones again.
         self._memory = memory
         server = self
         handler = type("Handler", (_Handler,), {"owner": server})
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self._http = _Server(("127.0.0.1", port), handler)
         self._http.daemon_threads = True
         self.port = self._http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
@@ -129,6 +131,10 @@ class CompletionsServer:
     def die(self) -> None:
         """Close the door at once, as a killed process does; what is open breaks off."""
         self.released.set()
+        self._http.socket.close()  # here: whoever connects after the first broken answer is refused
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         threading.Thread(target=self._leave, daemon=True).start()
 
     def _leave(self) -> None:
@@ -166,6 +172,16 @@ class CompletionsServer:
                 answer.put([done[f"{i}.{j}"] for j in range(len(requests))])
 
 
+class _Server(ThreadingHTTPServer):
+    """A client that goes away, or an answer that breaks off because the server dies, is told nobody: its traceback would
+    stand in the stderr of a test."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        dying = self.RequestHandlerClass.owner.released.is_set()  # type: ignore[attr-defined]
+        if not (dying or isinstance(sys.exception(), OSError)):
+            super().handle_error(request, client_address)
+
+
 class _Handler(BaseHTTPRequestHandler):
     """One connection; requests of a kept-alive connection come one after another."""
 
@@ -173,6 +189,15 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # headers and body in one packet: two would wait 40 ms for each other
     disable_nagle_algorithm = True
+
+    def setup(self) -> None:
+        super().setup()
+        self.owner.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.owner.connections.discard(self.connection)
+        with contextlib.suppress(OSError):
+            super().finish()
 
     def log_message(self, *_: object) -> None:
         pass
