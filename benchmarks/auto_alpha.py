@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 
 from bvpo.config import LossConfig
-from bvpo.core import estimators
-from bvpo.core.estimators import Moments
-from bvpo.core.online_alpha import MOST_DRIFT, MOST_REWARD_DRIFT
 from bvpo.lab.catalog import world_of
 from bvpo.lab.exact import views
 from bvpo.lab.online import estimated, log_ratio, population
 from bvpo.lab.responses import State
 from bvpo.lab.runs import Training, sgd
 from bvpo.lab.worlds import Sampling, drifted
-from bvpo.training.sketching import CountSketch
+from bvpo.method import estimators
+from bvpo.method.estimators import Moments
+from bvpo.method.online_alpha import MOST_DRIFT, MOST_REWARD_DRIFT
+from bvpo.training.probe.sketching import CountSketch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BATCHES = (32, 128, 512)

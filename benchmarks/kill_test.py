@@ -44,8 +44,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bvpo.experiment import RecordStore, read_manifest, versions
 from bvpo.records import Sample, Score
-from bvpo.store import RecordStore, read_manifest, versions
 
 if TYPE_CHECKING:
     from look_fixtures import Experiment
@@ -56,7 +56,13 @@ MOST_KILLS_PER_ROUND = 10
 TOLERANCE = 1e-4
 FORKS = multiprocessing.get_context("forkserver")
 PRELOAD = [
-    *("bvpo.stages.prompts", "bvpo.stages.sample", "bvpo.stages.score", "bvpo.engines.embedded", "bvpo.engines.openai"),
+    *(
+        "bvpo.stages.prompts",
+        "bvpo.stages.sample",
+        "bvpo.stages.score",
+        "bvpo.engines.local.engine",
+        "bvpo.engines.http.engine",
+    ),
     *("bvpo.scorers.classifier", "bvpo.scorers.judge", "openai", "pyarrow.parquet", "tqdm.contrib.logging"),
     *("bvpo.stages.train", "bvpo.training.trainer", "bvpo.training.estimate", "bvpo.training.data", "datasets"),
     *("transformers.models.qwen2.modeling_qwen2", "transformers.models.llama.modeling_llama"),
@@ -151,7 +157,7 @@ def _serve(model: str, addresses: Any) -> None:
     from models_fixtures import tiny_tokenizer
     from servers.completions_server import CompletionsServer
 
-    from bvpo.engines.embedded import create
+    from bvpo.engines.local.engine import create
 
     def rating(text: str, number: int) -> str:
         return f"Rating: [[{1 + int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10}]]"
@@ -205,7 +211,7 @@ def new_experiment(root: Path, name: str, num_prompts: int, toml: str, like: Exp
 
 
 def open_store(experiment: Experiment, campaign: Campaign) -> RecordStore[Any]:
-    from bvpo.core.scores import score_key
+    from bvpo.data.scores import score_key
 
     key = score_key if campaign.cls is Score else None
     return RecordStore(experiment.folder / campaign.folder, campaign.cls, key=key)

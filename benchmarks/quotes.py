@@ -43,7 +43,7 @@ class Measured:
         """Paired by seed where both have seeds, with a t interval."""
         if not (self.by_seed and isinstance(other, Measured) and other.by_seed):
             return Measured(self.value - float(other))
-        from bvpo.core.evaluation import mean_over_seeds
+        from bvpo.evaluation.metrics import mean_over_seeds
 
         pairs = {seed: {"": value - other.by_seed[seed]} for seed, value in self.by_seed.items()}
         found = mean_over_seeds(pairs)

@@ -30,10 +30,10 @@ import transformers
 from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from bvpo.engines.base import Request, Sampling
-from bvpo.engines.decoder import BatchLimits, Decoder, Row
-from bvpo.engines.embedded import BatchSettings, EmbeddedEngine, from_model
-from bvpo.engines.noise import gumbel_noise, noise_key
-from bvpo.engines.sampling import RowParams, sample_tokens
+from bvpo.engines.local.decoder import BatchLimits, Decoder, Row
+from bvpo.engines.local.engine import BatchSettings, EmbeddedEngine, from_model
+from bvpo.engines.local.noise import gumbel_noise, noise_key
+from bvpo.engines.local.sampling import RowParams, sample_tokens
 
 VOCAB = 32_000
 PROMPTS, SAMPLES, MAX_NEW_TOKENS = 16, 5, 128

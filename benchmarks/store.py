@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import pyarrow.parquet  # noqa: F401 - part of the memory that every phase starts with
 
+from bvpo.experiment import RecordStore, versions
 from bvpo.records import Sample
-from bvpo.store import RecordStore, versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bvpo.config import ExperimentConfig, load_config
-from bvpo.overlay import COMMAND_LINE, Setting, section_docs, settings
+from bvpo.config.layers import COMMAND_LINE, Setting, section_docs, settings
 from bvpo.strict import UserError
 
 _OPTIONS = (

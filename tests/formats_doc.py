@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bvpo.core.formats import FORMATS, ReasoningFormat, completion_ids, view_prompt
+from bvpo.formats import FORMATS, ReasoningFormat, completion_ids, view_prompt
 from bvpo.records import Message, View
 from tests.formats_fixtures import FAMILIES, format_of, tokenizer_of
 

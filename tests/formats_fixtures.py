@@ -13,7 +13,7 @@ from functools import cache
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from bvpo.core.formats import FORMATS, ReasoningFormat
+from bvpo.formats import FORMATS, ReasoningFormat
 
 # GPT-4's and Qwen's way of cutting text before merging: punctuation takes following newlines with it.
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

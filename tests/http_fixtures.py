@@ -15,8 +15,8 @@ from models_fixtures import tiny_model, tiny_tokenizer
 from servers.completions_server import CompletionsServer
 
 from bvpo.engines.base import Generation, Request, Sampling
-from bvpo.engines.embedded import EmbeddedEngine, from_model
-from bvpo.engines.openai import OpenAIEngine, create
+from bvpo.engines.http.engine import OpenAIEngine, create
+from bvpo.engines.local.engine import EmbeddedEngine, from_model
 
 QUICK: dict[str, Any] = {"retry_base_s": 0.01, "retry_cap_s": 0.5, "timeout_s": 60.0, "connect_timeout_s": 30.0}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bvpo.config import RANGES, ExperimentConfig
-from bvpo.overlay import Setting, section_docs, settings
+from bvpo.config.layers import Setting, section_docs, settings
 from bvpo.strict import field_types
 
 DOC = Path(__file__).parent.parent / "docs" / "hyperparameters.md"

@@ -14,8 +14,8 @@ import torch
 from models_fixtures import tiny_model, tiny_tokenizer
 
 from bvpo.cli import main
+from bvpo.experiment import RecordStore
 from bvpo.records import Prompt, Sample
-from bvpo.store import RecordStore
 from bvpo.strict import read_jsonl
 
 SCORER = '''

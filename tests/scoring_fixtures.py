@@ -13,9 +13,9 @@ from formats_fixtures import tokenizer_of
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel
 
+from bvpo.experiment import RecordStore
 from bvpo.records import Finish, Message, Prompt, Sample, View
 from bvpo.scorers.base import ScoreItem
-from bvpo.store import RecordStore
 from bvpo.strict import write_jsonl
 
 LLAMA3 = "nemotron-v1.5"  # the fixture family with Llama 3's control tokens and turns

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from bvpo.experiment import RecordStore
 from bvpo.records import Sample
-from bvpo.store import RecordStore
 
 
 def make_sample(number: int, *, num_tokens: int = 12, text: str | None = None) -> Sample:

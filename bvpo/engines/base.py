@@ -120,8 +120,8 @@ class Engine(Protocol):
 
 # name -> "module:factory"; a factory takes keyword options only and returns an Engine.
 ENGINES: dict[str, str] = {
-    "embedded": "bvpo.engines.embedded:create",
-    "openai": "bvpo.engines.openai:create",
+    "embedded": "bvpo.engines.local.engine:create",
+    "openai": "bvpo.engines.http.engine:create",
     "vllm": "bvpo.engines.vllm:create",
     "ray": "bvpo.engines.ray:create",
 }

@@ -14,8 +14,8 @@ from itertools import islice
 from typing import Any
 
 from bvpo.engines.base import Caps, Generation, Request
-from bvpo.engines.local_model import ModelPlan, ModelSource, identify, plan_model
-from bvpo.engines.wire import Vocabulary
+from bvpo.engines.http.wire import Vocabulary
+from bvpo.models import ModelPlan, ModelSource, identify, plan_model
 from bvpo.strict import UserError
 
 logger = logging.getLogger(__name__)

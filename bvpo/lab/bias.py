@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bvpo.core.losses import LOSSES
 from bvpo.lab.catalog import DPO, PAPER_SAMPLING, every_loss, world_of
 from bvpo.lab.exact import estimate, views
 from bvpo.lab.policies import EMPTY
@@ -22,6 +21,7 @@ from bvpo.lab.responses import Responses, State, answer, joint, marginal
 from bvpo.lab.results import Findings, Table, Verdict
 from bvpo.lab.runs import quad_gradients
 from bvpo.lab.worlds import QuadBatch, Sampling, World, drifted
+from bvpo.method.losses import LOSSES
 
 SAMPLINGS = {
     "T = 1": Sampling(),

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from bvpo.config import LossConfig
-from bvpo.core.losses import LOSSES
 from bvpo.lab.policies import Policy, Tabular, Transformer
 from bvpo.lab.results import Table
 from bvpo.lab.worlds import Sampling, World, make_world
+from bvpo.method.losses import LOSSES
 
 POLICIES: dict[str, Policy] = {
     "tabular": Tabular(num_prompts=6, num_traces=40, num_answers=5),

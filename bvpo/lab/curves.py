@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from bvpo.config import LossConfig
-from bvpo.core import estimators
 from bvpo.lab.catalog import DPO, PAPER_SAMPLING, world_of
 from bvpo.lab.exact import Views, views
 from bvpo.lab.responses import State
 from bvpo.lab.results import Findings, Line, Plot
 from bvpo.lab.runs import Training, sgd
 from bvpo.lab.worlds import World, drifted
+from bvpo.method import estimators
 
 BATCHES = tuple(2**power for power in range(12))
 ALPHAS = np.linspace(0, 1, 101)

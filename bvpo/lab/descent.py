@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bvpo.config import LossConfig
-from bvpo.core import estimators
-from bvpo.core.estimators import Moments
 from bvpo.lab.catalog import DPO, PAPER_SAMPLING, world_of
 from bvpo.lab.exact import Views, views
 from bvpo.lab.policies import Tabular
@@ -25,6 +23,8 @@ from bvpo.lab.results import Findings, Table, Verdict
 from bvpo.lab.runs import Training, marginal_gradient, marginal_loss, quad_gradients, sgd
 from bvpo.lab.theorems import BOUNDARY_SEEDS, raw_step
 from bvpo.lab.worlds import Sampling, World, drifted
+from bvpo.method import estimators
+from bvpo.method.estimators import Moments
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ETA_LS = (0.1, 0.25, 0.5, 1.0)

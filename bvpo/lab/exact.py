@@ -2,7 +2,7 @@
 
 In: a state, the states of its responses, the probabilities of the pairs, and any loss of the registry. Out:
 :class:`Estimate`: mean, second moment and everything in between of the gradient, and the six numbers that the theory needs
-(:func:`moments`). The losses are called through ``bvpo.core.losses.pair_loss`` and differentiated by autograd, so nothing
+(:func:`moments`). The losses are called through ``bvpo.method.losses.pair_loss`` and differentiated by autograd, so nothing
 here knows their formulas. Values of one quad; a batch of B has the same mean and 1 / B of the covariance.
 
 Shapes as in :mod:`bvpo.lab.responses`; Q pairs of answers.
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from bvpo.config import LossConfig
-from bvpo.core.estimators import Moments
-from bvpo.core.losses import PairLogps, pair_loss
 from bvpo.lab.responses import Responses, State, empty, joint, marginal
+from bvpo.method.estimators import Moments
+from bvpo.method.losses import PairLogps, pair_loss
 
 _MOST_VALUES = 2_000_000  # of one tensor over pairs of states: what a chunk holds
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from bvpo.config import LossConfig
-from bvpo.core.estimators import Moments
-from bvpo.core.online_alpha import PREFIX, OnlineAlpha, StepPairs, ingredients, james_stein, products
 from bvpo.lab.exact import slopes
 from bvpo.lab.policies import EMPTY
 from bvpo.lab.responses import State
 from bvpo.lab.worlds import QuadBatch
+from bvpo.method.estimators import Moments
+from bvpo.method.online_alpha import PREFIX, OnlineAlpha, StepPairs, ingredients, james_stein, products
 
 Compress = Callable[[int, Tensor], Tensor]
 """(number of the look, gradients [B, P]) -> [B, S]; the trainer's is a count sketch."""

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bvpo.core.losses import kl_from_logits
 from bvpo.lab.policies import EMPTY, F64, LogProbs, log_probs, sum_over_path
 from bvpo.lab.worlds import Sampling, World
+from bvpo.method.losses import kl_from_logits
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -208,12 +208,12 @@ def counts_of(counts: Tensor, length: Tensor) -> Tensor:
 
 
 def with_nll_anchor(base: Responses, state: State, weight: float) -> Responses:
-    """Adds weight * NLL of the chosen trace (:func:`bvpo.core.losses.nll_anchor`); ``base`` has one state per trace."""
+    """Adds weight * NLL of the chosen trace (:func:`bvpo.method.losses.nll_anchor`); ``base`` has one state per trace."""
     return replace(base, chosen_push=-weight * state.trace_atoms(_each_trace(base)))
 
 
 def with_kl_anchor(base: Responses, state: State, weight: float) -> Responses:
-    """Adds weight * KL(reference || policy) over the steps of both traces (:func:`bvpo.core.losses.kl_from_logits`)."""
+    """Adds weight * KL(reference || policy) over the steps of both traces (:func:`bvpo.method.losses.kl_from_logits`)."""
     push = weight * state.trace_atoms(_each_trace(base), kl=True)
     return replace(base, chosen_push=push, rejected_push=push)
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from bvpo.config import AnchorConfig, LossConfig
-from bvpo.core.losses import PairLogps, kl_from_logits, nll_anchor, pair_loss
-from bvpo.core.mixing import mix_views
 from bvpo.lab.policies import EMPTY, LogProbs, log_probs
 from bvpo.lab.worlds import QuadBatch, World
+from bvpo.method.losses import PairLogps, kl_from_logits, nll_anchor, pair_loss
+from bvpo.method.mixing import mix_views
 from bvpo.records import View
 
 

@@ -1,7 +1,7 @@
 """Theorems 1, 2 and 4, Corollary 1 and Proposition 1 of BVPO (arXiv 2510.05095), each against what it does not assume.
 
 In: a seed. Out: verdicts. Theorem 1, Proposition 1 and the brute-force side of Theorem 2 use gradients of single quads, by
-autograd through the shipped losses and mixing; the closed forms are those of ``bvpo.core.estimators`` on exact moments.
+autograd through the shipped losses and mixing; the closed forms are those of ``bvpo.method.estimators`` on exact moments.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from bvpo.config import LossConfig
-from bvpo.core import estimators
-from bvpo.core.estimators import Moments
 from bvpo.lab.catalog import DPO, PAPER_SAMPLING, every_loss, world_of
 from bvpo.lab.exact import Views, views
 from bvpo.lab.responses import State
 from bvpo.lab.results import Findings, Table, Verdict
 from bvpo.lab.runs import Training, marginal_gradient, quad_gradients, sgd
 from bvpo.lab.worlds import QuadBatch, Sampling, World, drifted
+from bvpo.method import estimators
+from bvpo.method.estimators import Moments
 
 BATCHES = (1, 32, 128, 512)
 ETA_LS = (0.1, 0.25, 0.5, 2.0)

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from bvpo.config import LossConfig
-from bvpo.core import estimators
-from bvpo.core.estimators import best_rescaled
 from bvpo.lab.catalog import DPO, world_of
 from bvpo.lab.exact import Estimate, estimate, moments
 from bvpo.lab.responses import (
@@ -29,6 +27,8 @@ from bvpo.lab.responses import (
 )
 from bvpo.lab.results import Findings, Table
 from bvpo.lab.runs import Training, sgd
+from bvpo.method import estimators
+from bvpo.method.estimators import best_rescaled
 
 BUDGET = 32
 """The equal tokens: as many as this many quads of the joint estimator have in the trace view."""

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bvpo.core.comparing import EvaluationRow, SeedsRow
-from bvpo.core.evaluation import MODE_TITLES, MODES, Mode
-from bvpo.core.results import SHARES
+from bvpo.evaluation.comparing import EvaluationRow, SeedsRow
+from bvpo.evaluation.metrics import MODE_TITLES, MODES, Mode
+from bvpo.evaluation.results import SHARES
 from bvpo.report.charts import Chart, Point, dot_chart
 from bvpo.report.tables import aligned, number, of_asked, shown
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from bvpo.core.calibration import Bin, CalibrationRow
-from bvpo.core.evaluation import OverSeeds
-from bvpo.core.results import Results
+from bvpo.evaluation.calibration import Bin, CalibrationRow
+from bvpo.evaluation.metrics import OverSeeds
+from bvpo.evaluation.results import Results
 from bvpo.records import VIEWS
 from bvpo.report.charts import Chart, Curve, curve_chart
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bvpo.config import ExperimentConfig
-from bvpo.core.evaluation import MODE_TITLES, MODES, OverSeeds
-from bvpo.core.results import SHARES, DifferenceRow, Results, ScoreRow
+from bvpo.evaluation.metrics import MODE_TITLES, MODES, OverSeeds
+from bvpo.evaluation.results import SHARES, DifferenceRow, Results, ScoreRow
 from bvpo.report.charts import Chart, Curve, Point, curve_chart, dot_chart
 from bvpo.report.reliability import reliability_charts, reliability_table
 from bvpo.report.tables import of_asked

@@ -1,6 +1,6 @@
 """Plain-text tables: values with their intervals, in aligned columns.
 
-In: rows of cells, an :class:`~bvpo.core.stats.Interval`, or the results of an evaluation. Out: text for a terminal or a log.
+In: rows of cells, an :class:`~bvpo.stats.Interval`, or the results of an evaluation. Out: text for a terminal or a log.
 It computes nothing.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bvpo.core.evaluation import EMPTY, MODE_TITLES, UNCLOSED
-from bvpo.core.stats import Interval
+from bvpo.evaluation.metrics import EMPTY, MODE_TITLES, UNCLOSED
+from bvpo.stats import Interval
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int = 1, indent: str = "  ") -> Iterator[str]:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import openai
 
 from bvpo.config import JudgeConfig, ScoreConfig
-from bvpo.core.keys import content_hash
+from bvpo.keys import content_hash
 from bvpo.scorers.base import Estimate, Needs, Outcome, ReplyCache, ScoreItem, about_tokens, one_line
 from bvpo.scorers.judging import NoVerdict, Verdict, load_rubric, tally
 from bvpo.strict import UserError

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from bvpo.config import load_config
-from bvpo.core.formats import ReasoningFormat, answer_offset, resolve_format
-from bvpo.core.stats import Interval
-from bvpo.core.viewstats import Columns, Comparison, Measures, Settings, compare_views
+from bvpo.evaluation.viewstats import Columns, Comparison, Measures, Settings, compare_views
+from bvpo.experiment import RecordStore, read_manifest, write_atomically
+from bvpo.formats import ReasoningFormat, answer_offset, resolve_format
 from bvpo.look import LookParser, PlainParser, parse_look, whole_number
 from bvpo.records import VIEWS, Prompt, Sample, View
 from bvpo.report.charts import Chart, Curve, Point, curve_chart, dot_chart
 from bvpo.report.pages import render_page
-from bvpo.store import RecordStore, read_manifest, write_atomically
+from bvpo.stats import Interval
 from bvpo.strict import UserError, read_jsonl
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def _gradients(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="which quads (default 0)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     options = vars(parser.parse_args(argv))
-    from bvpo.training.gradient_analysis import Request, report
+    from bvpo.training.probe.analysis import Request, report
 
     as_json, _ = options.pop("json"), options.pop("debug")
     sampled = read_manifest(Path(options["quads"]).parent).stage("sample")

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bvpo.core.comparing import EvaluationRow, SeedsRow, method_pairs, seeds_rows
-from bvpo.core.evaluation import (
+from bvpo.evaluation.comparing import EvaluationRow, SeedsRow, method_pairs, seeds_rows
+from bvpo.evaluation.metrics import (
     MEASURES,
     MODE_TITLES,
     MODES,
@@ -30,13 +30,13 @@ from bvpo.core.evaluation import (
     prompt_values,
     share_lowest,
 )
-from bvpo.core.results import Runs, with_one_lowest
-from bvpo.jobs.gather import read_runs
+from bvpo.evaluation.results import Runs, with_one_lowest
+from bvpo.experiment import differences, write_atomically
 from bvpo.look import LookParser, experiment_folder
 from bvpo.records import Prompt
 from bvpo.report.compare import Told, of_evaluations, of_methods, page_values, text_lines
 from bvpo.report.pages import render_page
-from bvpo.store import differences, write_atomically
+from bvpo.runs.gather import read_runs
 from bvpo.strict import UserError, parse_json, read_jsonl
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,11 @@ from typing import Any
 
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, ModelConfig, benchmarks_of, dump_toml
-from bvpo.core.evaluation import (
+from bvpo.data.overview import LastScore, last_scores
+from bvpo.data.scores import answer_text, score_key, scorer_id
+from bvpo.data.sources import fingerprint_file
+from bvpo.evaluation.benchmarks import Benchmark, evaluated_model, prepare, whole_model
+from bvpo.evaluation.metrics import (
     EMPTY,
     MODE_TITLES,
     MODE_VIEWS,
@@ -30,15 +34,7 @@ from bvpo.core.evaluation import (
     share_lowest,
     summarize,
 )
-from bvpo.core.formats import answer_offset, resolve_format
-from bvpo.core.overview import LastScore, last_scores
-from bvpo.core.scores import answer_text, score_key, scorer_id
-from bvpo.jobs.benchmarks import Benchmark, evaluated_model, prepare, whole_model
-from bvpo.records import Prompt, Sample, Score, View
-from bvpo.report.tables import evaluation_table
-from bvpo.scorers.base import ScoreItem
-from bvpo.scorers.function import FunctionScorer
-from bvpo.store import (
+from bvpo.experiment import (
     RecordStore,
     begin_stage,
     finish_stage,
@@ -47,8 +43,12 @@ from bvpo.store import (
     versions,
     write_atomically,
 )
-from bvpo.store.disk import disk_errors, make_folder
-from bvpo.store.sources import fingerprint_file
+from bvpo.files import disk_errors, make_folder
+from bvpo.formats import answer_offset, resolve_format
+from bvpo.records import Prompt, Sample, Score, View
+from bvpo.report.tables import evaluation_table
+from bvpo.scorers.base import ScoreItem
+from bvpo.scorers.function import FunctionScorer
 from bvpo.strict import OtherSettings, UserError, to_dict, to_json, write_jsonl
 from bvpo.verbs import run_stage
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from bvpo.core.overview import SORTS, LastScore, PromptNote, Role, SampleNote, choose_within, last_scores
-from bvpo.core.scores import score_key, scorer_id
+from bvpo.data.overview import SORTS, LastScore, PromptNote, Role, SampleNote, choose_within, last_scores
+from bvpo.data.scores import score_key, scorer_id
+from bvpo.experiment import RecordStore, read_manifest, write_atomically
 from bvpo.look import LookParser, parse_look, whole_number
 from bvpo.records import VIEWS, Pair, Prompt, Quad, Sample, Score, View
 from bvpo.report.pages import clip, render_page
 from bvpo.report.terminal import Terminal, head
-from bvpo.store import RecordStore, read_manifest, write_atomically
 from bvpo.strict import UserError, did_you_mean, read_jsonl
 
 logger = logging.getLogger(__name__)

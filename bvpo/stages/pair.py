@@ -20,15 +20,15 @@ from typing import IO
 
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
-from bvpo.core.keys import content_hash
-from bvpo.core.pairing import DROPS, Candidate, Choice, select_pairs, with_traces
-from bvpo.core.pairing_report import Report
-from bvpo.core.scores import ATTEMPT, NO_ANSWER, answer_text, score_key
+from bvpo.data.export import preference_card, write_preference_folder, write_preference_jsonl
+from bvpo.data.pairing import DROPS, Candidate, Choice, select_pairs, with_traces
+from bvpo.data.pairing_report import Report
+from bvpo.data.scores import ATTEMPT, NO_ANSWER, answer_text, score_key
+from bvpo.experiment import RecordStore, begin_stage, finish_stage, forget_stage, read_manifest, write_atomically
+from bvpo.files import disk_errors
+from bvpo.keys import content_hash
 from bvpo.records import VIEWS, Pair, Prompt, Quad, Response, Sample, Score, View
-from bvpo.store import RecordStore, begin_stage, finish_stage, forget_stage, read_manifest, write_atomically
-from bvpo.store.disk import disk_errors
 from bvpo.strict import UserError, field_types, from_dict, parse_json, read_jsonl, to_dict, write_jsonl
-from bvpo.training.export import preference_card, write_preference_folder, write_preference_jsonl
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, PromptsConfig, dump_toml
-from bvpo.core.cleaning import (
+from bvpo.data.cleaning import (
     REASONS,
     Drop,
     assign_split,
@@ -29,11 +29,7 @@ from bvpo.core.cleaning import (
     prompt_id,
     structural_problem,
 )
-from bvpo.core.keys import content_hash, hash_int
-from bvpo.records import Message, Prompt
-from bvpo.store import begin_stage, check_stage, finish_stage, forget_stage, write_atomically
-from bvpo.store.disk import disk_errors, make_folder
-from bvpo.store.sources import (
+from bvpo.data.sources import (
     Source,
     benchmark_files,
     fingerprint_file,
@@ -42,6 +38,10 @@ from bvpo.store.sources import (
     read_benchmark,
     read_source,
 )
+from bvpo.experiment import begin_stage, check_stage, finish_stage, forget_stage, write_atomically
+from bvpo.files import disk_errors, make_folder
+from bvpo.keys import content_hash, hash_int
+from bvpo.records import Message, Prompt
 from bvpo.strict import UserError, to_dict, write_jsonl
 
 logger = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from bvpo.config import ExperimentConfig, load_config
-from bvpo.core.results import Results
-from bvpo.jobs.gather import conversations, gather
+from bvpo.evaluation.results import Results
+from bvpo.experiment import write_atomically
 from bvpo.look import LookParser, parse_look, whole_number
 from bvpo.report.pages import render_page
 from bvpo.report.results import best_method, page_values, text_table
-from bvpo.store import write_atomically
+from bvpo.runs.gather import conversations, gather
 from bvpo.strict import UserError, to_dict
 
 logger = logging.getLogger(__name__)

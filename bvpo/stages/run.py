@@ -18,14 +18,14 @@ from typing import Any
 
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
-from bvpo.jobs.cost import bounds
-from bvpo.jobs.declaring import Tuned, declared_of, enter
-from bvpo.jobs.plan import Job, home, plan, stages_of
-from bvpo.jobs.pool import Event, has_gpu, run_job, run_jobs
-from bvpo.jobs.tuning import TUNED, at_edges, choose, finalists, plan_tuning, read_tuned, tuned_toml
-from bvpo.jobs.view import RunView
-from bvpo.store import begin_stage, finish_stage, forget_stage, write_atomically
-from bvpo.store.disk import folder_lock, make_folder
+from bvpo.experiment import begin_stage, finish_stage, forget_stage, write_atomically
+from bvpo.files import folder_lock, make_folder
+from bvpo.runs.cost import bounds
+from bvpo.runs.declaring import Tuned, declared_of, enter
+from bvpo.runs.plan import Job, home, plan, stages_of
+from bvpo.runs.pool import Event, has_gpu, run_job, run_jobs
+from bvpo.runs.tuning import TUNED, at_edges, choose, finalists, plan_tuning, read_tuned, tuned_toml
+from bvpo.runs.view import RunView
 from bvpo.strict import OtherSettings, UserError, to_dict
 from bvpo.verbs import run_words
 

@@ -21,14 +21,9 @@ from typing import Any
 
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, SampleConfig, dump_toml
-from bvpo.core.formats import FORMATS, ReasoningFormat, end_ids, resolve_format, view_prompt
-from bvpo.core.formats.prompts import template_source
-from bvpo.core.keys import content_hash, seed_from_key
-from bvpo.core.sampleplan import Draw, SamplePlan, SampleSpec, in_shard, plan_samples, shard_of, walk
 from bvpo.engines.base import Engine, Generation, Request, Sampling, create_engine
 from bvpo.engines.estimate import Estimate
-from bvpo.records import VIEWS, Message, Prompt, Sample, View
-from bvpo.store import (
+from bvpo.experiment import (
     RecordStore,
     RecordWriter,
     StageEntry,
@@ -39,7 +34,12 @@ from bvpo.store import (
     read_manifest,
     write_atomically,
 )
-from bvpo.store.lines import Key
+from bvpo.experiment.lines import Key
+from bvpo.experiment.sampleplan import Draw, SamplePlan, SampleSpec, in_shard, plan_samples, shard_of, walk
+from bvpo.formats import FORMATS, ReasoningFormat, end_ids, resolve_format, view_prompt
+from bvpo.formats.prompts import template_source
+from bvpo.keys import content_hash, seed_from_key
+from bvpo.records import VIEWS, Message, Prompt, Sample, View
 from bvpo.strict import UserError, read_jsonl, to_dict
 
 logger = logging.getLogger(__name__)
@@ -282,7 +282,7 @@ class Work:
 
 
 def _chat_request(draw: Draw, request: Request) -> Request:
-    from bvpo.engines.chat import ChatRequest  # loads the HTTP client
+    from bvpo.engines.http.chat import ChatRequest  # loads the HTTP client
 
     return ChatRequest(
         key=request.key,

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
-from bvpo.core.scores import ATTEMPT, CONTENT, NO_ANSWER, answer_text, content_key, score_key, scorer_id
+from bvpo.data.scores import ATTEMPT, CONTENT, NO_ANSWER, answer_text, content_key, score_key, scorer_id
+from bvpo.experiment import RecordStore, RecordWriter, begin_stage, check_stage, finish_stage, write_atomically
 from bvpo.records import Prompt, Sample, Score, View
 from bvpo.scorers.base import Needs, Outcome, ScoreItem, Scorer, create_scorer
-from bvpo.store import RecordStore, RecordWriter, begin_stage, check_stage, finish_stage, write_atomically
 from bvpo.strict import UserError, read_jsonl
 
 logger = logging.getLogger(__name__)

@@ -16,16 +16,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bvpo.core.evaluation import MODES
-from bvpo.core.overview import last_scores
-from bvpo.core.scores import NO_ANSWER, score_key, scorer_id
-from bvpo.jobs.progress import MethodProgress, method_progress
+from bvpo.data.overview import last_scores
+from bvpo.data.scores import NO_ANSWER, score_key, scorer_id
+from bvpo.evaluation.metrics import MODES
+from bvpo.experiment import Manifest, RecordStore, StageEntry, StoreStats, read_manifest
+from bvpo.experiment.checking import StoreCheck, check_store
+from bvpo.experiment.live import LiveFile, is_active
 from bvpo.look import LookParser, parse_look
 from bvpo.records import Prompt, Sample, Score
 from bvpo.report.tables import aligned
-from bvpo.store import Manifest, RecordStore, StageEntry, StoreStats, read_manifest
-from bvpo.store.checking import StoreCheck, check_store
-from bvpo.store.live import LiveFile, is_active
+from bvpo.runs.progress import MethodProgress, method_progress
 from bvpo.strict import UserError, read_jsonl
 
 ABOUT = (

@@ -78,7 +78,7 @@ def _maker(tiny: TinyConfig, draw: Callable[..., Any], make: Callable[..., Any])
 
 
 def _require_format(config: ExperimentConfig) -> None:
-    from bvpo.core.formats import resolve_format
+    from bvpo.formats import resolve_format
     from bvpo.tiny.base import tokenizer_of
     from bvpo.tiny.sft import FORMAT
 

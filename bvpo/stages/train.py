@@ -23,9 +23,9 @@ from typing import Any
 
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
+from bvpo.experiment.manifest import begin_stage, check_stage, finish_stage, forget_stage, read_manifest
+from bvpo.files import folder_lock, make_folder, sync_file, sync_folder, write_atomically
 from bvpo.records import VIEWS
-from bvpo.store.disk import folder_lock, make_folder, sync_file, sync_folder, write_atomically
-from bvpo.store.manifest import begin_stage, check_stage, finish_stage, forget_stage, read_manifest
 from bvpo.strict import UserError, parse_json, write_jsonl
 
 logger = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ def _load_tokenizer(config: ExperimentConfig) -> Any:
 
 def _tokens(config: ExperimentConfig, args: Any, tokenizer: Any, model_config: Any) -> tuple[Any, Any, Any]:
     """Training and held-out quads in tokens, and the held-out quads themselves."""
-    from bvpo.core.formats import resolve_format
+    from bvpo.formats import resolve_format
     from bvpo.training.data import load_quads
     from bvpo.training.tokenizing import TokenSettings, prepare_tokens
 
@@ -310,7 +310,7 @@ def _say(config: ExperimentConfig, args: Any, estimate: Any, train_tokens: Any, 
 
 def _doubt_of_sampling(config: ExperimentConfig) -> str | None:
     """From the manifest beside the quads, where an experiment made them."""
-    from bvpo.core.online_alpha import doubt_of_sampling
+    from bvpo.method.online_alpha import doubt_of_sampling
 
     entry = read_manifest(Path(config.data.quads).parent).stage("sample") if config.data.quads else None
     return None if entry is None else doubt_of_sampling(entry.config.get("sample", {}))
@@ -318,7 +318,7 @@ def _doubt_of_sampling(config: ExperimentConfig) -> str | None:
 
 def _write_held_out(trainer: Any, output: Path, tokens: Any, quads: Any, checkpoint: str | None) -> None:
     """``held_out.jsonl``, by the final model. A finished run that is run again takes no step and keeps what it wrote."""
-    from bvpo.training.held_out import held_out_pairs
+    from bvpo.evaluation.held_out import held_out_pairs
 
     path, summary = output / HELD_OUT, output / "summary.json"
     is_main, steps = trainer.is_world_process_zero(), trainer.state.global_step

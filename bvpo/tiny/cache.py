@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from bvpo.config import TinyConfig
-from bvpo.core.keys import content_hash
-from bvpo.store import differences
-from bvpo.store.disk import disk_errors, folder_lock, make_folder, sync_file, sync_folder
+from bvpo.experiment import differences
+from bvpo.files import disk_errors, folder_lock, make_folder, sync_file, sync_folder
+from bvpo.keys import content_hash
 from bvpo.strict import UserError, to_dict
 
 logger = logging.getLogger(__name__)

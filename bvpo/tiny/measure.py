@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from bvpo.core.formats import answer_offset, decode_completion, end_ids, get_format, view_prompt
-from bvpo.core.keys import hash_int
-from bvpo.core.stats import Interval, mean_interval, share_interval
 from bvpo.engines.base import Engine, Request, Sampling, create_engine
+from bvpo.formats import answer_offset, decode_completion, end_ids, get_format, view_prompt
+from bvpo.keys import hash_int
 from bvpo.records import Message, View
+from bvpo.stats import Interval, mean_interval, share_interval
 from bvpo.tiny.reward import MALFORMED, correct, reward
 from bvpo.tiny.sft import FORMAT
 from bvpo.tiny.tasks import Ask

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bvpo.config import TinyConfig
-from bvpo.core.formats import get_format, view_prompt
+from bvpo.formats import get_format, view_prompt
 from bvpo.records import VIEWS, Message, View
 from bvpo.tiny.corpus import Noise, write_answer, write_trace
 from bvpo.tiny.tasks import Ask, Sizes, draw_ask
@@ -95,7 +95,7 @@ class Writer:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def prompt(self, ask: Ask, view: View) -> list[int]:
-        """The same as :func:`bvpo.core.formats.view_prompt` of the prompt, a hundred times faster."""
+        """The same as :func:`bvpo.formats.view_prompt` of the prompt, a hundred times faster."""
         before, after = self._frames[view]
         first, *rest = ask.text.split()
         return [*before, self._vocab[first], *self._words(rest), *after]

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainingArguments
 
 from bvpo.config import AlphaConfig, AnchorConfig, LossConfig, TrainConfig, validate
-from bvpo.core.losses import LOSSES
+from bvpo.method.losses import LOSSES
 from bvpo.strict import UserError
 
 
@@ -37,7 +37,7 @@ class BVPOConfig(TrainingArguments):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has no effect here: quads are not rows."})
 
-    loss: str = field(default="dpo", metadata={"help": "Preference loss of each pair (bvpo.core.losses.LOSSES)."})
+    loss: str = field(default="dpo", metadata={"help": "Preference loss of each pair (bvpo.method.losses.LOSSES)."})
     beta: float = field(default=0.1, metadata={"help": "Scale of the implicit reward."})
     label_smoothing: float = field(default=0.0, metadata={"help": "Assumed share of swapped labels (dpo, robust)."})
     gamma: float = field(default=1.0, metadata={"help": "SimPO target margin inside the sigmoid."})

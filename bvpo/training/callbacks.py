@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from bvpo.store.disk import disk_errors, write_atomically
+from bvpo.files import disk_errors, write_atomically
 from bvpo.strict import UserError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bvpo.store.disk import disk_error, sync_file, sync_folder, write_atomically
+from bvpo.files import disk_error, sync_file, sync_folder, write_atomically
 from bvpo.strict import OtherSettings, UserError
 
 logger = logging.getLogger(__name__)

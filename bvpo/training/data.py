@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from bvpo.config import DataConfig
-from bvpo.core.formats import ReasoningFormat, resolve_format
-from bvpo.core.keys import hash_int
-from bvpo.core.scores import answer_text
+from bvpo.data.preferences import JoinedSets, prompt_key
+from bvpo.data.rows import DatasetRows, ListRows, Rows, is_dataset, load_rows
+from bvpo.data.scores import answer_text
+from bvpo.formats import ReasoningFormat, resolve_format
+from bvpo.keys import hash_int
 from bvpo.records import VIEWS, Quad, View
 from bvpo.strict import UserError, from_dict, show, to_dict, to_json
-from bvpo.training.preferences import JoinedSets, prompt_key
-from bvpo.training.rows import DatasetRows, ListRows, Rows, is_dataset, load_rows
 from bvpo.training.tokenizing import TokenSettings, prepare_tokens
 from bvpo.training.tokens import TokenDataset
 

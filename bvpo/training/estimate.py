@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bvpo.core.losses import LOSSES
+from bvpo.method.losses import LOSSES
 from bvpo.strict import UserError
 from bvpo.training.arguments import BVPOConfig
 from bvpo.training.batching import plan_epoch

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from bvpo.config import AnchorConfig, LossConfig
-from bvpo.core.losses import PairLogps, nll_anchor, resolve_loss
-from bvpo.core.mixing import view_weight
-from bvpo.core.traces import TraceGroups, marginal_pairs, mean_pairs
+from bvpo.method.losses import PairLogps, nll_anchor, resolve_loss
+from bvpo.method.mixing import view_weight
+from bvpo.method.traces import TraceGroups, marginal_pairs, mean_pairs
 from bvpo.records import VIEWS, View
 from bvpo.strict import UserError
 from bvpo.training.policy import ANSWER, TRACE

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bvpo.core.traces import TraceGroups
+from bvpo.method.traces import TraceGroups
 from bvpo.records import View
 from bvpo.training.batching import EpochPlan, plan_epoch
 from bvpo.training.layout import LAYOUTS, NUM_BRANCHES, Layout

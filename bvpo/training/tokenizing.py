@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 
-from bvpo.core.formats import ReasoningFormat, answer_offset, completion_ids, view_prompt
+from bvpo.formats import ReasoningFormat, answer_offset, completion_ids, view_prompt
 from bvpo.records import VIEWS, Pair, Quad, Response, View
 from bvpo.strict import UserError
 from bvpo.training.tokens import SCHEMA_VERSION, Branch, Ids, TokenDataset, TokenQuad, TokenWriter

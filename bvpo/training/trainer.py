@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
-from bvpo.core.mixing import AlphaSource
+from bvpo.method.mixing import AlphaSource
 from bvpo.records import View
 from bvpo.strict import UserError
 from bvpo.training import checkpoints, dropout, policy, reference
@@ -49,11 +49,11 @@ from bvpo.training.loading import (
     shard_frozen,
     with_adapter,
 )
-from bvpo.training.looks import Plan, Rows, take
 from bvpo.training.objective import STATISTICS, Objective, Weights, describe
+from bvpo.training.probe.samples import Plan, Rows, take
+from bvpo.training.probe.telemetry import Telemetry
 from bvpo.training.refcache import ReferenceCache, cache_fingerprint, weights_fingerprint
 from bvpo.training.steps import StepBatch, StepDataset, only_item
-from bvpo.training.telemetry import Telemetry
 from bvpo.training.tokens import TokenDataset
 
 logger = logging.getLogger(__name__)

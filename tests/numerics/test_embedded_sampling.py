@@ -15,9 +15,9 @@ from models_fixtures import MODEL_FAMILIES, tiny_model, tiny_tokenizer
 from scipy import stats
 
 from bvpo.engines.base import Generation, Request, Sampling
-from bvpo.engines.embedded import BatchSettings, from_model
-from bvpo.engines.noise import noise_key
-from bvpo.engines.sampling import RowParams, sample_tokens, truncation_threshold
+from bvpo.engines.local.engine import BatchSettings, from_model
+from bvpo.engines.local.noise import noise_key
+from bvpo.engines.local.sampling import RowParams, sample_tokens, truncation_threshold
 
 VOCAB = 1300  # three blocks, the last one short
 DRAWS = 20_000

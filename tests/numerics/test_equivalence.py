@@ -148,7 +148,7 @@ def test_lora_run_equals_its_merged_weights(tmp_path):
 def test_kl_anchor_equals_full_vocabulary_oracle(tmp_path):
     """The chunked KL against kl_from_logits on full logits, trace view only. Mutations: KL(policy || reference); KL over
     the answer too; the empty view anchored."""
-    from bvpo.core.losses import kl_from_logits
+    from bvpo.method.losses import kl_from_logits
     from bvpo.training.layout import LAYOUTS
 
     quads = random_quads(3, seed=5, ragged_views=False)

@@ -13,7 +13,7 @@ from torch import nn
 from training_fixtures import make_trainer, random_quads, tiny_causal_lm
 
 from bvpo.config import LossConfig
-from bvpo.core.losses import LOSSES, PairLogps, pair_loss, resolve_loss
+from bvpo.method.losses import LOSSES, PairLogps, pair_loss, resolve_loss
 from bvpo.strict import UserError
 from bvpo.training.dropout import has_dropout
 

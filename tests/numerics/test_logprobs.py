@@ -50,7 +50,7 @@ def test_logps_and_gradients_equal_plain_torch(transform, frozen):
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 def test_kl_and_gradients_equal_plain_torch(transform):
     """Mutations: the two distributions exchanged; a gradient reaching the reference."""
-    from bvpo.core.losses import kl_from_logits
+    from bvpo.method.losses import kl_from_logits
 
     h, w, b, _ = tensors()
     ref_h, ref_w, ref_b, _ = tensors(seed=1)

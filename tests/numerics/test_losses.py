@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bvpo.config import LossConfig
-from bvpo.core import losses
-from bvpo.core.losses import LOSSES, PairLogps, kl_from_logits, nll_anchor, pair_loss, resolve_loss
+from bvpo.method import losses
+from bvpo.method.losses import LOSSES, PairLogps, kl_from_logits, nll_anchor, pair_loss, resolve_loss
 from bvpo.strict import UserError
 
 F64 = torch.float64

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bvpo.config import AlphaConfig, LossConfig
-from bvpo.core.losses import PairLogps, pair_loss
-from bvpo.core.mixing import AlphaSource, ScheduledAlpha, alpha_at, mix_views, view_weight
+from bvpo.method.losses import PairLogps, pair_loss
+from bvpo.method.mixing import AlphaSource, ScheduledAlpha, alpha_at, mix_views, view_weight
 from bvpo.strict import UserError
 
 F64 = torch.float64

@@ -7,11 +7,11 @@ import pytest
 import torch
 from training_fixtures import make_trainer, random_quads, step_gradients, tiny_causal_lm, use_exact_norms
 
-from bvpo.core.online_alpha import StepPairs
+from bvpo.method.online_alpha import StepPairs
 from bvpo.strict import UserError
-from bvpo.training import looks
-from bvpo.training.sketching import BUCKETS, CountSketch
-from bvpo.training.telemetry import expected_pairs, measure
+from bvpo.training.probe import samples as looks
+from bvpo.training.probe.sketching import BUCKETS, CountSketch
+from bvpo.training.probe.telemetry import expected_pairs, measure
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

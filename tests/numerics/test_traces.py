@@ -19,15 +19,15 @@ from training_fixtures import (
     write_tokens,
 )
 
-from bvpo.core.losses import LOSSES, PairLogps, pair_loss
-from bvpo.core.pairing import Candidate, Choice
-from bvpo.core.pairing import with_traces as pair_with_traces
-from bvpo.core.traces import TraceGroups, marginal_pairs
+from bvpo.data.pairing import Candidate, Choice
+from bvpo.data.pairing import with_traces as pair_with_traces
+from bvpo.method.losses import LOSSES, PairLogps, pair_loss
+from bvpo.method.traces import TraceGroups, marginal_pairs
 from bvpo.strict import UserError
-from bvpo.training import looks
 from bvpo.training.layout import LAYOUTS
 from bvpo.training.objective import Weights, describe
-from bvpo.training.sketching import BUCKETS, CountSketch
+from bvpo.training.probe import samples as looks
+from bvpo.training.probe.sketching import BUCKETS, CountSketch
 from bvpo.training.steps import StepDataset
 from bvpo.training.tokens import TokenQuad
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bvpo.config import LossConfig
-from bvpo.core.losses import PairLogps, pair_loss
+from bvpo.method.losses import PairLogps, pair_loss
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: there is nothing to compare with")
 

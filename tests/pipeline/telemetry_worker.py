@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from training_fixtures import make_trainer, random_quads, tiny_causal_lm, use_exact_norms
 
-from bvpo.core import online_alpha
-from bvpo.training import looks
+from bvpo.method import online_alpha
 from bvpo.training.loading import end_process
-from bvpo.training.sketching import BUCKETS
+from bvpo.training.probe import samples as looks
+from bvpo.training.probe.sketching import BUCKETS
 
 QUADS = random_quads(36, seed=7, ragged_views=True, tails=True)
 WHOLE = random_quads(8, seed=8, ragged_views=False)

@@ -19,10 +19,10 @@ from training_fixtures import make_trainer, random_quads, step_gradients, tiny_c
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bvpo.cli import main
-from bvpo.core.online_alpha import OnlineAlpha
-from bvpo.store.manifest import begin_stage
+from bvpo.experiment.manifest import begin_stage
+from bvpo.method.online_alpha import OnlineAlpha
 from bvpo.strict import UserError
-from bvpo.training.sketching import CountSketch
+from bvpo.training.probe.sketching import CountSketch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -109,7 +109,7 @@ def test_far_from_the_reference_alpha_falls_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A learning rate that carries the policy away. Mutations: no fallback; no word; a word at every step."""
-    monkeypatch.setattr("bvpo.core.online_alpha.LEAST_QUADS", 8)
+    monkeypatch.setattr("bvpo.method.online_alpha.LEAST_QUADS", 8)
     run = auto(tmp_path, learning_rate=0.003, max_steps=12, save_strategy="no")
     run.train()
     logged = entries(run)

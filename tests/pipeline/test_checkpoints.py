@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from bvpo.store.disk import folder_lock
+from bvpo.files import folder_lock
 from bvpo.strict import UserError
 from bvpo.training import checkpoints
 from bvpo.training.arguments import refuse_zero3

@@ -13,10 +13,10 @@ import browser
 import pytest
 
 from bvpo.cli import main
-from bvpo.core.evaluation import Verdict, summarize
-from bvpo.core.results import difference_rows
-from bvpo.jobs.gather import read_runs
+from bvpo.evaluation.metrics import Verdict, summarize
+from bvpo.evaluation.results import difference_rows
 from bvpo.records import Message, Prompt
+from bvpo.runs.gather import read_runs
 from bvpo.strict import to_dict, write_jsonl
 
 METHODS = {"base": 0.0, "dpo": 1.0, "mix": 3.0}

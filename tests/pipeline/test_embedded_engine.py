@@ -17,11 +17,11 @@ from models_fixtures import MODEL_FAMILIES, save_tiny_model, tiny_model, tiny_to
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from bvpo.engines import embedded
 from bvpo.engines.base import ENGINES, Engine, Generation, Request, Sampling, create_engine
-from bvpo.engines.decoder import Decoder
-from bvpo.engines.embedded import BatchSettings, from_model
-from bvpo.engines.slots import SlotCache
+from bvpo.engines.local import engine as embedded
+from bvpo.engines.local.decoder import Decoder
+from bvpo.engines.local.engine import BatchSettings, from_model
+from bvpo.engines.local.slots import SlotCache
 from bvpo.strict import UserError
 
 TOKENIZER = tiny_tokenizer()

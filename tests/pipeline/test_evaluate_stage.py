@@ -19,12 +19,12 @@ from models_fixtures import tiny_tokenizer
 from scipy import stats
 
 from bvpo.cli import main
-from bvpo.core.evaluation import Verdict
-from bvpo.core.formats import FORMATS, answer_offset
-from bvpo.engines.embedded import EmbeddedEngine
+from bvpo.engines.local.engine import EmbeddedEngine
+from bvpo.evaluation.metrics import Verdict
+from bvpo.experiment import RecordStore
+from bvpo.formats import FORMATS, answer_offset
 from bvpo.records import Prompt, Sample, Score
 from bvpo.scorers.function import FunctionScorer
-from bvpo.store import RecordStore
 from bvpo.strict import read_jsonl
 
 FUNCTIONS = '''
@@ -420,7 +420,7 @@ def test_a_served_model_is_evaluated_the_same_way(lab: Lab) -> None:
     from servers.completions_server import CompletionsServer
     from transformers import AutoTokenizer
 
-    from bvpo.engines.embedded import create
+    from bvpo.engines.local.engine import create
 
     model = str(lab.root / "model")
     engine = create(model=model)

@@ -19,11 +19,11 @@ from look_fixtures import Experiment, questions, save_talking_model
 from models_fixtures import tiny_tokenizer
 
 from bvpo.cli import main
-from bvpo.core.formats import answer_offset, get_format
+from bvpo.experiment import RecordStore
+from bvpo.formats import answer_offset, get_format
 from bvpo.records import VIEWS, Quad, Sample, Score, View
 from bvpo.report.pages import visible
 from bvpo.report.terminal import Terminal
-from bvpo.store import RecordStore
 from bvpo.strict import read_jsonl
 
 ATTACK = "<script>document.title='owned'</script><img src=http://evil.example/x onerror=alert(1)>\x1b[31mred\u202e"

@@ -19,8 +19,8 @@ from models_fixtures import tiny_tokenizer
 from servers.completions_server import always, fault_at, sometimes
 
 from bvpo.engines.base import Request, Sampling, create_engine
-from bvpo.engines.endpoints import EndpointsLost, RetryPolicy, api_key, base_url, retry_after
-from bvpo.engines.openai import create
+from bvpo.engines.http.endpoints import EndpointsLost, RetryPolicy, api_key, base_url, retry_after
+from bvpo.engines.http.engine import create
 from bvpo.strict import UserError
 
 
@@ -152,7 +152,7 @@ _INTERRUPTED = """
 import sys
 sys.path[:0] = {path!r}
 from bvpo.engines.base import Request, Sampling
-from bvpo.engines.openai import create
+from bvpo.engines.http.engine import create
 engine = create(endpoints={url!r})
 engine.preflight()
 print("ready", flush=True)

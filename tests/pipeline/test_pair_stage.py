@@ -19,14 +19,14 @@ from training_fixtures import tiny_causal_lm
 
 from bvpo import cli
 from bvpo.config import DataConfig
-from bvpo.core.formats import FORMATS, completion_ids, view_prompt
-from bvpo.core.scores import score_key
+from bvpo.data.export import preference_row
+from bvpo.data.scores import score_key
+from bvpo.experiment import RecordStore, read_manifest
+from bvpo.formats import FORMATS, completion_ids, view_prompt
 from bvpo.records import VIEWS, Prompt, Quad, Sample, Score
 from bvpo.stages import pair as stage
-from bvpo.store import RecordStore, read_manifest
 from bvpo.strict import from_dict, read_jsonl
 from bvpo.training.data import load_quads
-from bvpo.training.export import preference_row
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,11 @@ import pytest
 from http_fixtures import by_key, connected, requests, server, tiny_engine, tokenizer_folder
 from models_fixtures import tiny_tokenizer
 
-from bvpo.core.formats import FORMATS, view_prompt
 from bvpo.engines.base import Request, Sampling
-from bvpo.engines.chat import ChatRequest
-from bvpo.engines.checks import CHECKS, Policy
-from bvpo.engines.endpoints import EndpointsLost
+from bvpo.engines.http.chat import ChatRequest
+from bvpo.engines.http.checks import CHECKS, Policy
+from bvpo.engines.http.endpoints import EndpointsLost
+from bvpo.formats import FORMATS, view_prompt
 from bvpo.records import Message
 from bvpo.strict import UserError
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from bvpo.cli import main
 from bvpo.config import load_config
+from bvpo.experiment import begin_stage, read_manifest
 from bvpo.records import Message, Prompt
-from bvpo.store import begin_stage, read_manifest
 from bvpo.strict import read_jsonl
 
 LONG = "Natalia sold clips to forty eight of her friends in April and then she sold half as many clips in May"

@@ -25,8 +25,8 @@ from look_fixtures import Experiment, questions, save_talking_model
 from bvpo.engines import ray as ray_module
 from bvpo.engines.base import ENGINES, Caps, Generation, Request, Sampling, create_engine
 from bvpo.engines.ray_worker import Worker
+from bvpo.experiment import RecordStore, read_manifest
 from bvpo.records import Sample
-from bvpo.store import RecordStore, read_manifest
 from bvpo.strict import UserError
 
 PARAMS = Sampling(max_new_tokens=4)

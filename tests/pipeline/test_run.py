@@ -103,8 +103,8 @@ def test_results_agree_with_the_samples(finished: Path) -> None:
     responses left out, seeds weighed by their prompts, or a difference that is not paired."""
     import numpy as np
 
+    from bvpo.experiment import RecordStore
     from bvpo.records import Prompt, Sample
-    from bvpo.store import RecordStore
     from bvpo.strict import read_jsonl
 
     def rewards(seed: int, method: str, view: str) -> dict[str, float]:

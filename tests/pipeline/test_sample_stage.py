@@ -18,11 +18,11 @@ from look_fixtures import Experiment, questions, save_talking_model
 from models_fixtures import tiny_tokenizer
 
 from bvpo.config import load_config
-from bvpo.core.formats import decode_completion, get_format, view_prompt
 from bvpo.engines.base import ENGINES
+from bvpo.experiment import RecordStore, read_manifest
+from bvpo.formats import decode_completion, get_format, view_prompt
 from bvpo.records import VIEWS, Sample
 from bvpo.stages import sample as sample_stage
-from bvpo.store import RecordStore, read_manifest
 from bvpo.strict import to_json
 
 TOKENIZER = tiny_tokenizer()

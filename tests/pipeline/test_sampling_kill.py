@@ -17,12 +17,12 @@ import pytest
 from look_fixtures import Experiment, questions, save_talking_model
 
 from bvpo.cli import main
+from bvpo.experiment import RecordStore, read_manifest
 from bvpo.records import Sample
-from bvpo.store import RecordStore, read_manifest
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["bvpo.stages.sample", "bvpo.engines.embedded", "transformers.models.qwen2.modeling_qwen2", "pyarrow.parquet"]
+    ["bvpo.stages.sample", "bvpo.engines.local.engine", "transformers.models.qwen2.modeling_qwen2", "pyarrow.parquet"]
 )
 NUM = 16 * 2 * 3
 TOML = "num_samples = 3\noptions.max_batch_rows = 3\noptions.min_batch_rows = 1\n"

@@ -19,11 +19,11 @@ from judge_server import Fault, judge_server
 from scoring_fixtures import make_experiment, make_prompts, make_sample, save_armorm, user, write_config
 
 from bvpo import cli
-from bvpo.core.scores import NO_ANSWER, answer_text, content_key, score_key
+from bvpo.data.scores import NO_ANSWER, answer_text, content_key, score_key
+from bvpo.experiment import RecordStore, read_manifest
 from bvpo.records import VIEWS, Prompt, Sample, Score
 from bvpo.scorers.judge import Endpoint, JudgeScorer
 from bvpo.stages import score as stage
-from bvpo.store import RecordStore, read_manifest
 from bvpo.strict import UserError
 
 LENGTH = "def reward(messages, answer):\n    return len(answer)\n"

@@ -14,9 +14,9 @@ import pytest
 from http_fixtures import by_key, requests
 from models_fixtures import save_tiny_model
 
-from bvpo.engines import embedded
-from bvpo.engines.openai import create
-from bvpo.engines.serving import VllmServer, serving
+from bvpo.engines.http.engine import create
+from bvpo.engines.http.serving import VllmServer, serving
+from bvpo.engines.local import engine as embedded
 from bvpo.strict import UserError
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -117,7 +117,7 @@ def test_an_error_in_the_block_stops_even_a_stubborn_server(fake):
 _STARTER = """
 import time
 from pathlib import Path
-from bvpo.engines.serving import VllmServer, serving
+from bvpo.engines.http.serving import VllmServer, serving
 with serving(VllmServer(model="m", served_name="plain", log=Path({log!r}), executable={executable!r}, stop_timeout_s=1.0)):
     print("serving", flush=True)
     time.sleep(60)

@@ -20,13 +20,13 @@ from models_fixtures import tiny_tokenizer
 from servers.completions_server import CompletionsServer
 
 from bvpo.cli import main
-from bvpo.core.scores import score_key
-from bvpo.engines import openai as openai_engine
+from bvpo.data.scores import score_key
 from bvpo.engines.base import Generation
-from bvpo.engines.embedded import create
-from bvpo.engines.endpoints import RetryPolicy
+from bvpo.engines.http import engine as openai_engine
+from bvpo.engines.http.endpoints import RetryPolicy
+from bvpo.engines.local.engine import create
+from bvpo.experiment import RecordStore, read_manifest
 from bvpo.records import Sample, Score
-from bvpo.store import RecordStore, read_manifest
 
 NUM = 8 * 2 * 6
 

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 from store_fixtures import fill, live_files, make_sample, shards
 
+from bvpo.experiment import RecordStore
 from bvpo.records import Sample
-from bvpo.store import RecordStore
 from bvpo.strict import UserError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bvpo import cli
 from bvpo.config import load_config
-from bvpo.core.formats import end_ids, resolve_format, view_prompt
 from bvpo.engines.base import Request, Sampling, create_engine
+from bvpo.formats import end_ids, resolve_format, view_prompt
 from bvpo.records import VIEWS, Message
 from bvpo.tiny.reward import grade
 

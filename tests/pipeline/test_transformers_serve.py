@@ -21,7 +21,7 @@ import pytest
 from http_fixtures import QUICK, requests
 from models_fixtures import tiny_model, tiny_tokenizer
 
-from bvpo.engines.openai import create
+from bvpo.engines.http.engine import create
 from bvpo.strict import UserError
 
 pytestmark = pytest.mark.slow

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from bvpo.cli import main
-from bvpo.core.cleaning import contamination_drops, near_duplicate_drops
+from bvpo.data.cleaning import contamination_drops, near_duplicate_drops
+from bvpo.data.sources import benchmark_files, read_benchmark
 from bvpo.records import Message
-from bvpo.store.sources import benchmark_files, read_benchmark
 
 DATA = Path(__file__).parents[3] / "shared" / "bench-data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"public benchmark data is not at ../shared/{DATA.name}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bvpo.core.grading import number
+from bvpo.evaluation.grading import number
 
 DATA = Path(__file__).parents[3] / "shared" / "bench-data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"public benchmark data is not at ../shared/{DATA.name}")

@@ -21,8 +21,8 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from bvpo.core.formats import FORMATS, render
 from bvpo.engines.base import Engine, Generation, Request, Sampling
+from bvpo.formats import FORMATS, render
 from bvpo.records import Message
 
 # What a server of this dialect knows; strict servers refuse the rest.

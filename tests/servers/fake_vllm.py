@@ -41,7 +41,7 @@ def serve_model(folder: str, name: str, port: int) -> None:
     from servers.completions_server import CompletionsServer
     from transformers import AutoTokenizer
 
-    from bvpo.engines.embedded import create
+    from bvpo.engines.local.engine import create
 
     CompletionsServer(create(model=folder), AutoTokenizer.from_pretrained(folder), model=name, port=port)
     while True:

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from bvpo.config import LossConfig
-from bvpo.core import estimators
-from bvpo.core.online_alpha import is_far
 from bvpo.lab.catalog import world_of
 from bvpo.lab.exact import views
 from bvpo.lab.online import estimated, log_ratio, population, single_gradients
 from bvpo.lab.responses import State
 from bvpo.lab.runs import Training, quad_gradients, sgd
 from bvpo.lab.worlds import drifted
-from bvpo.training.sketching import CountSketch
+from bvpo.method import estimators
+from bvpo.method.online_alpha import is_far
+from bvpo.training.probe.sketching import CountSketch
 
 BATCH, LOOK, LOOKS = 32, 16, 20  # quads of a step, of a look (what the trainer takes of 32), and looks taken
 DPO = LossConfig(beta=0.1)

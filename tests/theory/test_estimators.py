@@ -1,4 +1,4 @@
-"""The closed forms of bvpo.core.estimators on random joint distributions of two gradients, with hypothesis."""
+"""The closed forms of bvpo.method.estimators on random joint distributions of two gradients, with hypothesis."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bvpo.core import estimators
-from bvpo.core.estimators import Moments
+from bvpo.method import estimators
+from bvpo.method.estimators import Moments
 
 GRID = np.linspace(0, 1, 401)
 

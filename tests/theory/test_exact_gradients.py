@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bvpo.config import AnchorConfig, LossConfig
-from bvpo.core.estimators import alpha_star
-from bvpo.core.losses import LOSSES
 from bvpo.lab.catalog import DPO, every_loss, world_of
 from bvpo.lab.exact import estimate, moments, views
 from bvpo.lab.responses import State, empty, joint, marginal, with_kl_anchor, with_nll_anchor
 from bvpo.lab.runs import Training, batch_gradient, marginal_gradient, marginal_loss, quad_gradients
 from bvpo.lab.worlds import QuadBatch, Sampling, drifted, make_world
+from bvpo.method.estimators import alpha_star
+from bvpo.method.losses import LOSSES
 
 CONSTANT_SLOPE = ("dpo", "ipo", "hinge", "robust")  # at the reference, whatever the pair: see docs/losses.md
 seeds = st.integers(0, 10**6)

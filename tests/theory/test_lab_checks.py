@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bvpo.core import estimators
-from bvpo.core.losses import LOSSES
 from bvpo.lab import bias, descent, runs, theorems
 from bvpo.lab.exact import Estimate
 from bvpo.lab.policies import Tabular
+from bvpo.method import estimators
+from bvpo.method.losses import LOSSES
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bvpo.core.calibration import (
+from bvpo.evaluation.calibration import (
     HeldOutPair,
     adaptive_bins,
     brier_scores,
@@ -21,9 +21,9 @@ from bvpo.core.calibration import (
     reliability_bins,
     rights,
 )
-from bvpo.core.results import Results
-from bvpo.core.stats import share_interval
+from bvpo.evaluation.results import Results
 from bvpo.report.reliability import reliability_charts, reliability_table
+from bvpo.stats import share_interval
 
 AT_70, AT_90 = math.log(7 / 3), math.log(9)  # margins that state 0.7 and 0.9
 MARGINS = st.lists(

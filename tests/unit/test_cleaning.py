@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bvpo.core.cleaning import (
+from bvpo.data.cleaning import (
     REASONS,
     Drop,
     assign_split,
@@ -22,7 +22,7 @@ from bvpo.core.cleaning import (
     prompt_id,
     structural_problem,
 )
-from bvpo.core.overlap import OverlapIndex, near_duplicates, words, words_and_operators
+from bvpo.data.overlap import OverlapIndex, near_duplicates, words, words_and_operators
 from bvpo.records import Message
 
 

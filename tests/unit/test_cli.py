@@ -16,7 +16,7 @@ import pytest
 from bvpo import __version__, cli
 from bvpo.command import StageOptions, help_page, parse_command
 from bvpo.config import ExperimentConfig
-from bvpo.overlay import settings
+from bvpo.config.layers import settings
 from bvpo.strict import UserError
 
 CONFIG = 'name = "a"\n[model]\npath = "m"\n'

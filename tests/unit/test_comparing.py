@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import pytest
 from scipy import stats
 
-from bvpo.core.comparing import SeedsRow, method_pairs, seeds_rows
-from bvpo.core.evaluation import Verdict
+from bvpo.evaluation.comparing import SeedsRow, method_pairs, seeds_rows
+from bvpo.evaluation.metrics import Verdict
 from bvpo.strict import UserError
 
 

@@ -29,10 +29,10 @@ from bvpo.config import (
     load_config,
     validate,
 )
-from bvpo.overlay import build, field_docs, is_optional, parse_flags, read_toml, settings
+from bvpo.config.layers import build, field_docs, is_optional, parse_flags, read_toml, settings
+from bvpo.config.toml import UNSET, key_lines
 from bvpo.records import Quad
 from bvpo.strict import FieldError, UserError, field_types, from_dict
-from bvpo.tomltext import UNSET, key_lines
 from tests.strategies import values_of
 
 ROOT = Path(__file__).resolve().parents[2]

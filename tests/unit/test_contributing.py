@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from bvpo.cli import VERBS
-from bvpo.core.formats import FORMATS
 from bvpo.engines.base import ENGINES, Generation, Request, create_engine
+from bvpo.formats import FORMATS
 from bvpo.scorers.base import SCORERS, Scorer
 from bvpo.strict import UserError
 from tests.engine_checks import check_engine

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from bvpo.config import ExperimentConfig, load_config
-from bvpo.core.declared import Declared, declared_rows, outcome
-from bvpo.core.evaluation import Verdict, mean_over_seeds
-from bvpo.core.stats import t_quantile
-from bvpo.jobs.declaring import declared_of, enter, rows_of
+from bvpo.evaluation.declared import Declared, declared_rows, outcome
+from bvpo.evaluation.metrics import Verdict, mean_over_seeds
+from bvpo.runs.declaring import declared_of, enter, rows_of
+from bvpo.stats import t_quantile
 from bvpo.strict import UserError
 
 TOML = """

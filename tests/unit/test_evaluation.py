@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from bvpo.config import EvaluateConfig, validate
-from bvpo.core.evaluation import (
+from bvpo.evaluation.benchmark_prompts import read_prompts
+from bvpo.evaluation.metrics import (
     EMPTY,
     MODES,
     Mode,
@@ -32,9 +33,8 @@ from bvpo.core.evaluation import (
     share_lowest,
     summarize,
 )
-from bvpo.core.stats import Interval, difference_interval, mean_interval, share_interval
 from bvpo.records import Message, Prompt
-from bvpo.store.benchmarks import read_prompts
+from bvpo.stats import Interval, difference_interval, mean_interval, share_interval
 from bvpo.strict import FieldError, UserError, read_jsonl, to_dict, write_jsonl
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bvpo.core.formats import (
+from bvpo.formats import (
     FORMATS,
     FormatSpec,
     ReasoningFormat,
@@ -89,7 +89,7 @@ def test_documented_fields_are_all_fields() -> None:
 
 def test_importing_formats_loads_no_framework() -> None:
     """Mutation: importing transformers or jinja2 at module level."""
-    code = "import sys, bvpo.core.formats; sys.exit(bool({'torch', 'transformers', 'jinja2'} & set(sys.modules)))"
+    code = "import sys, bvpo.formats; sys.exit(bool({'torch', 'transformers', 'jinja2'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 
@@ -587,7 +587,7 @@ _ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i %
 )
 def test_broken_templates_end_in_one_line(template: str, cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the main thread and in a worker. Mutation: catching Jinja's own errors only, or no limit on a loop."""
-    monkeypatch.setattr("bvpo.core.formats.prompts.MAX_TEMPLATE_STEPS", 20_000)
+    monkeypatch.setattr("bvpo.formats.prompts.MAX_TEMPLATE_STEPS", 20_000)
     tokenizer = build_tokenizer(replace(FAMILIES["qwen3"], template=template))
     with ThreadPoolExecutor(1) as pool:
         for ask in (lambda f: f(), lambda f: pool.submit(f).result()):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from bvpo.core.formats import (
+from bvpo.formats import (
     FORMATS,
     ReasoningFormat,
     Split,

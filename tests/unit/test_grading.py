@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bvpo.core.grading import final_number, last_boxed, number
+from bvpo.evaluation.grading import final_number, last_boxed, number
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hyperparameters_doc import DOC, FIXED, RENAMED, tables, trainer_fields, with_generated_parts
 
 from bvpo.config import ExperimentConfig, load_config
-from bvpo.overlay import settings
+from bvpo.config.layers import settings
 
 # A value away from the default for every setting that the trainer's fields come from, and what the field then is.
 CHANGED = {

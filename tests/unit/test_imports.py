@@ -27,7 +27,7 @@ NOT_READ_YET: set[str] = set()
     "code",
     [
         "import bvpo",
-        "import bvpo.records, bvpo.strict, bvpo.overlay, bvpo.tomltext, bvpo.config, bvpo.command, bvpo.cli",
+        "import bvpo.records, bvpo.strict, bvpo.config.layers, bvpo.config.toml, bvpo.config, bvpo.command, bvpo.cli",
         "import bvpo.cli; bvpo.cli.main(['--help'])",
         "import bvpo; bvpo.Quad; bvpo.load_config",
     ],

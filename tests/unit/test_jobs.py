@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from bvpo.config import EvaluateConfig, ExperimentConfig, load_config
-from bvpo.jobs.cost import bounds
-from bvpo.jobs.plan import grid_cells, nested, plan
-from bvpo.jobs.stamps import Stamps
-from bvpo.jobs.tuning import Cell, at_edges, choose, finalists, kept_tuned, plan_tuning, read_tuned, tuned_toml
-from bvpo.store import begin_stage, finish_stage
+from bvpo.experiment import begin_stage, finish_stage
+from bvpo.runs.cost import bounds
+from bvpo.runs.plan import grid_cells, nested, plan
+from bvpo.runs.stamps import Stamps
+from bvpo.runs.tuning import Cell, at_edges, choose, finalists, kept_tuned, plan_tuning, read_tuned, tuned_toml
 from bvpo.strict import UserError
 
 TOML = """

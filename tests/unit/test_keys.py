@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bvpo.core.keys import SEED_BITS, in_part, sample_key, seed_from_key
+from bvpo.keys import SEED_BITS, in_part, sample_key, seed_from_key
 
 REQUEST: dict[str, Any] = {
     "prompt_ids": (1, 2, 3),

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bvpo.store import begin_stage, check_stage, differences, finish_stage, forget_stage, read_manifest
-from bvpo.store import disk as disk_module
-from bvpo.store.disk import disk_error, write_atomically
+from bvpo import files as disk_module
+from bvpo.experiment import begin_stage, check_stage, differences, finish_stage, forget_stage, read_manifest
+from bvpo.files import disk_error, write_atomically
 from bvpo.strict import UserError
 
 CONFIG = {"sampling": {"temperature": 0.8, "stop": (1, 2)}, "seed": 42}

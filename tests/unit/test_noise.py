@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy import stats
 
-from bvpo.engines import noise
-from bvpo.engines.noise import gumbel_noise, noise_key, philox4x32
+from bvpo.engines.local import noise
+from bvpo.engines.local.noise import gumbel_noise, noise_key, philox4x32
 
 ONES = 0xFFFFFFFF
 GOLDEN_KEY = (2129234322, 52840413)

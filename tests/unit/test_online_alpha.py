@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bvpo.core import online_alpha
-from bvpo.core.gradient_noise import analyze
-from bvpo.core.mixing import AlphaSource
-from bvpo.core.online_alpha import (
+from bvpo.method import online_alpha
+from bvpo.method.gradient_noise import analyze
+from bvpo.method.mixing import AlphaSource
+from bvpo.method.online_alpha import (
     LEAST_LOOKS,
     LEAST_QUADS,
     OnlineAlpha,

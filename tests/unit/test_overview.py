@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bvpo.core.overview import SORTS, LastScore, PromptNote, SampleNote, choose_within, last_scores
+from bvpo.data.overview import SORTS, LastScore, PromptNote, SampleNote, choose_within, last_scores
 
 
 def sample(view: Any = "trace", index: int = 0, *, tokens: int = 10, answer: bool = True, **rest: Any) -> SampleNote:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bvpo.config import PairConfig
-from bvpo.core.pairing import DROPS, STRATEGIES, Candidate, Drop, Selection, select_pairs, with_traces
-from bvpo.core.pairing_report import Report, quantiles
+from bvpo.data.pairing import DROPS, STRATEGIES, Candidate, Drop, Selection, select_pairs, with_traces
+from bvpo.data.pairing_report import Report, quantiles
 from bvpo.records import VIEWS
 
 # few texts and few values, so that duplicates and ties are common; sixteenths add and scale exactly in binary

@@ -13,8 +13,8 @@ from models_fixtures import save_tiny_model
 from training_fixtures import write_tokens
 
 from bvpo.config import ExperimentConfig, dump_toml, load_config
-from bvpo.core.losses import resolve_loss
-from bvpo.overlay import settings
+from bvpo.config.layers import settings
+from bvpo.method.losses import resolve_loss
 from bvpo.records import Message, Pair, Quad, Response
 from bvpo.strict import write_jsonl
 
@@ -139,8 +139,8 @@ def test_blueprint_holds_its_defaults(path: Path) -> None:
 def test_experiments_train_as_the_recipes_do(name: str, model: str) -> None:
     """The paper's experiment in one command: its methods are the recipes', and the run is bounded without a network.
     Mutations: a baseline with BVPO's beta on the 8B model; a method lost; prompts without a number."""
-    from bvpo.jobs.cost import bounds
-    from bvpo.jobs.plan import plan
+    from bvpo.runs.cost import bounds
+    from bvpo.runs.plan import plan
 
     config = load_config(EXPERIMENTS / f"{name}.toml")
     jobs = {job.name: job.config for job in plan(config)}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bvpo.core import results
+from bvpo.evaluation import results
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bvpo.core.stats import (
+from bvpo.stats import (
     Interval,
     bootstrap_interval,
     expanded_tail,

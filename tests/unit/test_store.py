@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from store_fixtures import fill, live_files, make_sample, shards
 from strategies import values_of
 
+from bvpo.experiment import RecordStore, digest
+from bvpo.experiment import recordstore as recordstore_module
+from bvpo.experiment import writer as writer_module
+from bvpo.experiment.index import KeyIndex, unpack
+from bvpo.experiment.lines import BadLine, encode_line, read_lines
+from bvpo.experiment.live import claim
 from bvpo.records import Message, Quad, Sample, Score
-from bvpo.store import RecordStore, digest
-from bvpo.store import recordstore as recordstore_module
-from bvpo.store import writer as writer_module
-from bvpo.store.index import KeyIndex, unpack
-from bvpo.store.lines import BadLine, encode_line, read_lines
-from bvpo.store.live import claim
 from bvpo.strict import UserError, to_json
 
 

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from bvpo.config import TinyConfig, load_config, validate
-from bvpo.core.formats import decode_completion, resolve_format, view_prompt
+from bvpo.formats import decode_completion, resolve_format, view_prompt
 from bvpo.records import VIEWS, Message
 from bvpo.strict import UserError
 from bvpo.tiny import sft

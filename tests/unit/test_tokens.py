@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bvpo.core.formats import completion_ids, view_prompt
+from bvpo.formats import completion_ids, view_prompt
 from bvpo.records import Message, Pair, Quad, Response, View
 from bvpo.strict import UserError
 from bvpo.training import tokenizing, tokens

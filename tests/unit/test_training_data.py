@@ -14,10 +14,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from bvpo.config import DataConfig
+from bvpo.data.preferences import ID_DIGITS, parse_preference, prompt_key
 from bvpo.records import Message, Pair, Quad, Response
 from bvpo.strict import UserError, to_dict, write_jsonl
 from bvpo.training.data import QuadSource, load_quads, quads_from, split_quads, token_dataset
-from bvpo.training.preferences import ID_DIGITS, parse_preference, prompt_key
 from bvpo.training.tokenizing import DROP_REASONS, TokenSettings, prepare_tokens, tokenize_quad
 from bvpo.training.tokens import TokenQuad
 from tests.formats_fixtures import format_of, tokenizer_of

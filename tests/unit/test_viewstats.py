@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bvpo.core.viewstats import Comparison, Measures, Settings, compare_views
+from bvpo.evaluation.viewstats import Comparison, Measures, Settings, compare_views
 from bvpo.records import View
 
 FAST = Settings(num_resamples=100)

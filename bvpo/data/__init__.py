@@ -1,0 +1,1 @@
+"""Preference data: sources, cleaning, overlap, pairing, and preference sets read and written."""

@@ -1,0 +1,1 @@
+"""The HTTP engine: sampling from OpenAI-compatible servers."""

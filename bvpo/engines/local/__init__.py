@@ -1,0 +1,1 @@
+"""The embedded engine: sampling with a transformers model in this process."""

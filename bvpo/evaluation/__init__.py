@@ -1,0 +1,1 @@
+"""Benchmarks, metrics and what may be concluded from them."""

@@ -1,0 +1,146 @@
+"""What ``bvpo evaluate`` works on: which model, and each benchmark with its prompts and functions, ready to run.
+
+In: an experiment's config. Out: the model as the stages that sample know it, and a :class:`Benchmark`, which holds the
+config of its own experiment folder. Everything is read and loaded here, so that mistakes come before any work; nothing is
+sampled or scored, and only an adapter's merged model is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from bvpo.command import StageOptions
+from bvpo.config import (
+    BenchmarkConfig,
+    ExperimentConfig,
+    FunctionScorerConfig,
+    ModelConfig,
+    SampleConfig,
+    ScoreConfig,
+)
+from bvpo.config.toml import UNSET
+from bvpo.evaluation.benchmark_prompts import BenchmarkPrompts, read_prompts
+from bvpo.evaluation.metrics import MODE_VIEWS, Mode
+from bvpo.scorers.function import FIELD, FunctionScorer
+from bvpo.strict import UserError
+
+Rule = Literal["scored", "lowest"]
+
+
+def evaluated_model(config: ExperimentConfig) -> ModelConfig:
+    """The model as the stages that sample know it. One from elsewhere comes with its own tokenizer."""
+    wanted = config.evaluate.model
+    if wanted == "base":
+        return config.model
+    if wanted:
+        return replace(config.model, path=wanted, revision=None, tokenizer=None)
+    final = Path(config.root) / config.name / "train" / "final"
+    if not final.is_dir():
+        raise UserError(
+            f"{final}: no trained model; train first, or name another with evaluate.model ('base': model.path)"
+        )
+    return replace(config.model, path=str(final), revision=None)
+
+
+def whole_model(model: ModelConfig, target: Path, options: StageOptions) -> ModelConfig:
+    """The model itself, or an adapter merged into its base: engines sample from whole models."""
+    from bvpo.training.merging import base_of, is_adapter, merge_adapter
+
+    if not is_adapter(Path(model.path)):
+        return model
+    if options.dry_run and not target.is_dir():
+        return replace(model, path=base_of(Path(model.path)))  # as large as the merged one
+    merge_adapter(Path(model.path), target, trust_remote_code=model.trust_remote_code)
+    return replace(model, path=str(target))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """One benchmark, ready to run. ``config`` is that of its own experiment folder."""
+
+    name: str
+    settings: BenchmarkConfig
+    modes: tuple[Mode, ...]
+    config: ExperimentConfig
+    read: BenchmarkPrompts
+    more: dict[str, FunctionScorer] = field(default_factory=dict)
+    no_answer: Literal["count", "drop"] = "count"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.root) / self.config.name
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (self.settings.metric, *self.settings.more)
+
+    def without_answer(self, metric: str) -> float | Rule | None:
+        """What a response without an answer counts: a number, what the metric's function says of the empty text, or the
+        lowest score; ``None`` leaves it out."""
+        if metric in self.settings.unclosed:
+            value = self.settings.unclosed[metric]
+            return None if value == UNSET else float(value)
+        if self.no_answer == "drop":
+            return None
+        return "scored" if self._of_function(metric) else "lowest"
+
+    def most_for_silence(self, metric: str) -> float | None:
+        """The most that a response without an answer may count where it has no score. It loses every comparison of a judge,
+        or gets its lowest rating; a function that fails on the empty text finds nothing right; the scores of a reward model
+        have no such number, and the lowest that is seen decides alone."""
+        judge = self.config.score.judge
+        if self._of_function(metric):
+            return 0.0
+        if self.config.score.scorer == "judge":
+            return judge.rating_min if judge.mode == "pointwise" else 0.0
+        return None
+
+    def _of_function(self, metric: str) -> bool:
+        return metric in self.more or self.config.score.scorer == "function"
+
+    def function_of(self, metric: str) -> FunctionScorer:
+        return self.more[metric] if metric in self.more else FunctionScorer(self.config.score.function)
+
+
+def prepare(config: ExperimentConfig, model: ModelConfig, name: str, own: BenchmarkConfig) -> Benchmark:
+    """Reads the prompts and loads the functions, so that their mistakes come before any work."""
+    settings, place = config.evaluate, f"evaluate.benchmarks.{name}"
+    experiment = Path(config.root) / config.name
+    score = config.score
+    if own.scorer == "function":
+        _function(own.function, f"{place}.function")
+        score = ScoreConfig(scorer="function", function=FunctionScorerConfig(path=own.function))
+    try:
+        read = read_prompts(own.source, experiment, own.limit)
+    except UserError as error:
+        raise UserError(f"{place}.source: {str(error).removeprefix('prompts.sources: ')}") from None
+    sample = SampleConfig(
+        engine=config.sample.engine,
+        endpoints=config.sample.endpoints,
+        options=config.sample.options,
+        views=tuple(MODE_VIEWS[mode] for mode in settings.modes),
+        num_samples=own.num_samples or settings.num_samples,
+        temperature=settings.temperature if own.temperature is None else own.temperature,
+        top_p=settings.top_p,
+        max_new_tokens=own.max_new_tokens or settings.max_new_tokens,
+    )
+    return Benchmark(
+        name=name,
+        settings=own,
+        modes=settings.modes,
+        config=ExperimentConfig(
+            name=name, root=str(experiment / settings.folder), seed=config.seed, model=model, sample=sample, score=score
+        ),
+        read=read,
+        more={metric: _function(path, f"{place}.more.{metric}") for metric, path in own.more.items()},
+        no_answer=settings.no_answer,
+    )
+
+
+def _function(path: str, place: str) -> FunctionScorer:
+    try:
+        return FunctionScorer(FunctionScorerConfig(path=path))
+    except UserError as error:
+        raise UserError(f"{place}{str(error).removeprefix(FIELD)}") from None

@@ -1,0 +1,1 @@
+"""Looks at gradients: samples of them, their noise, and what alpha that asks for."""
