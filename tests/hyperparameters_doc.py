@@ -11,33 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bvpo.config import RANGES, ExperimentConfig
+from bvpo.config import ExperimentConfig
 from bvpo.config.layers import Setting, section_docs, settings
+from bvpo.config.ranges import Range, marks
 from bvpo.strict import field_types
 
 DOC = Path(__file__).parent.parent / "docs" / "hyperparameters.md"
 # Expectations that say no more than "not empty".
 _VAGUE = {"something"}
-# Fields of BVPOConfig that have another name in the TOML file; the rest is called the same below [train].
-RENAMED = {
-    "num_train_epochs": "train.epochs",
-    "lr_scheduler_type": "train.lr_scheduler",
-    "warmup_steps": "train.warmup_ratio",
-    "loss": "train.loss.name",
-    "beta": "train.loss.beta",
-    "label_smoothing": "train.loss.label_smoothing",
-    "gamma": "train.loss.gamma",
-    "length_weight": "train.loss.length_weight",
-    "alpha": "train.alpha.value",
-    "alpha_schedule": "train.alpha.schedule",
-    "alpha_end": "train.alpha.end",
-    "alpha_every": "train.alpha.every",
-    "anchor": "train.anchor.kind",
-    "anchor_tokens": "train.anchor.tokens",
-    "anchor_weight": "train.anchor.weight",
-    "reasoning_format": "model.format",
-    "custom_format": "model.custom_format",
-}
 # Overridden because transformers' default makes no sense here; no setting of ours sets them.
 FIXED = ("logging_nan_inf_filter", "remove_unused_columns")
 
@@ -61,8 +42,8 @@ def code(text: str) -> str:
 
 def values_of(setting: Setting, cls: type) -> str:
     """The choices or the type, then the range."""
-    checks = RANGES.get(cls, {}).get(setting.field.rpartition(".")[2])
-    expected = [checks[1]] if checks and checks[1] not in _VAGUE else []
+    check = marks(cls, Range).get(setting.field.rpartition(".")[2])
+    expected = [check.expected] if check and check.expected not in _VAGUE else []
     return "; ".join([code(setting.type), *map(cell, expected)])
 
 
@@ -93,12 +74,14 @@ def tables() -> str:
 
 def trainer_fields() -> Iterator[tuple[str, Any, str, str]]:
     """(field of BVPOConfig, default, setting in the TOML file, help) for what BVPOConfig adds or overrides."""
-    from bvpo.training.arguments import BVPOConfig
+    from bvpo.training.arguments import SETTINGS, BVPOConfig
 
+    names = {s.argument: f"train.{s.field}" for s in SETTINGS}
+    names |= {"reasoning_format": "model.format", "custom_format": "model.custom_format"}
     own = set(BVPOConfig.__annotations__)
     for f in dataclasses.fields(BVPOConfig):
         if f.name in own and f.name not in FIXED:
-            yield f.name, f.default, RENAMED.get(f.name, f"train.{f.name}"), f.metadata["help"]
+            yield f.name, f.default, names[f.name], f.metadata["help"]
 
 
 def trainer_table() -> str:

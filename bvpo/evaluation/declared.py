@@ -1,7 +1,8 @@
 """Comparisons that were declared before their seeds ran, and what became of each.
 
-In: what was declared and the runs of the methods it names. Out: one :class:`~bvpo.evaluation.results.DeclaredRow` each:
-the paired difference with an interval that is wider the more was declared (Bonferroni), so that all hold together, and an outcome by rule. Pure; whether something was declared in time is for the caller to know.
+In: what was declared and the runs of the methods it names. Out: one :class:`~bvpo.evaluation.results.DeclaredRow`
+each: the paired difference with an interval that is wider the more was declared (Bonferroni), so that all hold
+together, and an outcome by rule. Pure; whether something was declared in time is for the caller to know.
 """
 
 from __future__ import annotations

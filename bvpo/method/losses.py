@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bvpo.config import RANGES, LossConfig
+from bvpo.config import LossConfig
+from bvpo.config.ranges import Range, marks
 from bvpo.strict import UserError, did_you_mean, show
 
 
@@ -292,11 +293,12 @@ def resolve_loss(config: LossConfig) -> tuple[Loss, dict[str, float]]:
 
 
 def check_ranges(**values: float) -> None:
-    """Refuse hyperparameters that are not finite or outside the range that :data:`bvpo.config.RANGES` gives them."""
+    """Refuse hyperparameters that are not finite or outside the range that :class:`LossConfig` gives them."""
+    ranges = marks(LossConfig, Range)
     for name, value in values.items():
-        inside, expected = RANGES[LossConfig].get(name, (math.isfinite, "a finite number"))
-        if not (math.isfinite(value) and inside(value)):
-            raise UserError(f"field 'loss.{name}': got {show(value)}, expected {expected}")
+        known = ranges.get(name, Range(math.isfinite, "a finite number"))
+        if not (math.isfinite(value) and known.passes(value)):
+            raise UserError(f"field 'loss.{name}': got {show(value)}, expected {known.expected}")
 
 
 # --- anchor terms ----------------------------------------------------------------------------------------------------

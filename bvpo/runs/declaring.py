@@ -1,7 +1,9 @@
 """What a comparison's config declares, and whether it stood there before there was anything to see.
 
-In: the config and the experiment's folder. Out: :class:`~bvpo.evaluation.declared.Declared` records, and ``declared.json``
-in the folder: every comparison ever declared, for which seeds and under which settings of its methods, and whether nothing was evaluated yet when it was entered. Entries are never removed, so that what was taken back still counts.
+In: the config and the experiment's folder. Out: :class:`~bvpo.evaluation.declared.Declared` records, and
+``declared.json`` in the folder: every comparison ever declared, for which seeds and under which settings of its
+methods, and whether nothing was evaluated yet when it was entered. Entries are never removed, so that what was taken
+back still counts.
 """
 
 from __future__ import annotations

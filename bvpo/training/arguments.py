@@ -1,88 +1,107 @@
-"""``BVPOConfig``: the trainer's arguments, a :class:`transformers.TrainingArguments` with the method's own fields.
+"""``BVPOConfig``: the trainer's arguments, a :class:`transformers.TrainingArguments` with the settings of [train] as fields.
 
-Every field that Hugging Face users know (learning rate, schedulers, ``report_to``, FSDP, DeepSpeed, hub upload, ...) means
-what it means there. Two things differ, because an optimizer step is a number of *quads* and not of rows:
-``per_device_train_batch_size`` x ``gradient_accumulation_steps`` x processes only says how many quads a step has when
-``quads_per_step`` is not given, and how a step is cut into backward passes is ``tokens_per_micro_batch``.
+What Hugging Face users know (schedulers, FSDP, hub upload, ...) means what it means there. An optimizer step is a number of
+*quads*: ``per_device_train_batch_size`` x ``gradient_accumulation_steps`` x processes only says how many when
+``quads_per_step`` is not given, and ``tokens_per_micro_batch`` says how a step is cut into backward passes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, is_dataclass
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import torch
 from transformers import TrainingArguments
 
-from bvpo.config import AlphaConfig, AnchorConfig, LossConfig, TrainConfig, validate
+from bvpo.config import AlphaConfig, AnchorConfig, LossConfig, TrainConfig
+from bvpo.config.layers import field_docs
+from bvpo.config.ranges import Argument, Free, marks, range_problems, section_problems
 from bvpo.method.losses import LOSSES
-from bvpo.strict import UserError
+from bvpo.strict import FieldError, UserError, field_types, from_dict
+
+C = TypeVar("C", bound=type)
+_THEIRS = get_type_hints(TrainingArguments)
+_NOT_ARGUMENTS = ("lora", "hf")  # adapters are PEFT's; [train.hf] holds other arguments by their own names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSetting:
+    """A setting of [train] as a field of :class:`BVPOConfig`: ``field`` is its name below [train] (``alpha.value``),
+    ``argument`` that of the field. ``free``: it never decides the result; ``own``: transformers has no such argument."""
+
+    field: str
+    argument: str
+    type: Any
+    default: Any
+    doc: str
+    free: bool
+    theirs: bool
+
+    @property
+    def own(self) -> bool:
+        return self.argument not in _THEIRS
+
+
+def _settings(cls: type, prefix: str = "") -> Iterator[TrainSetting]:
+    names, free = marks(cls, Argument), marks(cls, Free)
+    for f in dataclasses.fields(cls):
+        tp = field_types(cls)[f.name]
+        if f.name in _NOT_ARGUMENTS:
+            continue
+        if is_dataclass(tp):
+            yield from _settings(tp, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+            continue
+        named = names.get(f.name, Argument(f.name))
+        yield TrainSetting(
+            field=f"{prefix}{f.name}",
+            argument=named.name,
+            type=_THEIRS.get(named.name, tp),
+            default=f.default_factory() if f.default_factory is not MISSING else f.default,
+            doc=field_docs(cls)[f.name],
+            free=f.name in free,
+            theirs=named.theirs,
+        )
+
+
+SETTINGS = tuple(_settings(TrainConfig))
+_BY_FIELD = {setting.field: setting.argument for setting in SETTINGS}
+
+
+def _with_settings(cls: C) -> C:
+    """Adds a field for every setting of [train] that the class does not write down itself."""
+    for setting in SETTINGS:
+        if not setting.theirs and setting.argument not in cls.__annotations__:
+            cls.__annotations__[setting.argument] = setting.type
+            setattr(cls, setting.argument, field(default=setting.default, metadata={"help": setting.doc}))
+    return cls
 
 
 @dataclass
+@_with_settings
 class BVPOConfig(TrainingArguments):
-    """Arguments of :class:`bvpo.BVPOTrainer`; docs/training.md explains each with its range."""
+    """Arguments of :class:`bvpo.BVPOTrainer`; docs/hyperparameters.md lists each with its default and its setting."""
 
-    learning_rate: float = field(default=7e-7, metadata={"help": "Peak learning rate; the paper's value."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up steps; below 1 a share of all steps."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
-    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between log entries."})
+    quads_per_step: int | None = field(default=None, metadata={"help": "Quads of an optimizer step over all devices."})
+    reasoning_format: str = field(default="auto", metadata={"help": "Reasoning format name, or auto."})
+    custom_format: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Fields of a reasoning format of your own (docs/formats.md)."}
+    )
     # The filter would cost a device synchronisation every step; divergence is checked at each log entry instead.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Has no use here: a NaN loss stops training."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has no effect here: quads are not rows."})
 
-    loss: str = field(default="dpo", metadata={"help": "Preference loss of each pair (bvpo.method.losses.LOSSES)."})
-    beta: float = field(default=0.1, metadata={"help": "Scale of the implicit reward."})
-    label_smoothing: float = field(default=0.0, metadata={"help": "Assumed share of swapped labels (dpo, robust)."})
-    gamma: float = field(default=1.0, metadata={"help": "SimPO target margin inside the sigmoid."})
-    length_weight: float = field(default=0.0, metadata={"help": "R-DPO reward per token."})
-    alpha: float = field(default=0.5, metadata={"help": "Weight of the trace view; 1 - alpha is the empty view's."})
-    alpha_schedule: str = field(default="constant", metadata={"help": "constant, linear, cosine or auto."})
-    alpha_end: float | None = field(default=None, metadata={"help": "Last alpha of a linear or cosine schedule."})
-    alpha_every: int | None = field(
-        default=None, metadata={"help": "Steps between the looks of alpha_schedule = auto; None: telemetry_steps."}
-    )
-    anchor: str = field(
-        default="none", metadata={"help": "none, nll or kl: holds trace-view tokens near the reference."}
-    )
-    anchor_tokens: str = field(default="trace", metadata={"help": "Anchored tokens: trace, answer or both."})
-    anchor_weight: float = field(default=0.0, metadata={"help": "Weight of the anchor; about beta."})
-    trace_estimator: str = field(
-        default="joint", metadata={"help": "Trace view scores trace + answer, the answer, or it over several traces."}
-    )
+    if TYPE_CHECKING:  # the fields that come from [train]
 
-    reasoning_format: str = field(default="auto", metadata={"help": "Reasoning format name, or auto."})
-    custom_format: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Fields of a reasoning format of your own (docs/formats.md)."}
-    )
-    max_length: int = field(
-        default=4096, metadata={"help": "Longest prompt + response in tokens; nothing is ever cut."}
-    )
-    over_long: str = field(default="drop", metadata={"help": "drop (and count) or refuse longer pairs."})
-    score_empty_block: bool = field(default=True, metadata={"help": "Score the forced closing marker (paper: yes)."})
-
-    quads_per_step: int | None = field(default=None, metadata={"help": "Quads of an optimizer step over all devices."})
-    tokens_per_micro_batch: int | None = field(
-        default=None, metadata={"help": "Token budget of a backward; None: 1 quad."}
-    )
-    last_step: str = field(default="keep", metadata={"help": "keep or drop an epoch's short last step."})
-    layout: str = field(default="auto", metadata={"help": "auto, tree, packed, padded or single."})
-    backward: str = field(default="micro_batch", metadata={"help": "micro_batch, or sequence (cached gradients)."})
-    precision: str = field(default="auto", metadata={"help": "auto, bf16, fp32 or pure_bf16."})
-    dropout: bool = field(default=False, metadata={"help": "Train with the model's own dropout and router noise."})
-    reference: str = field(default="cached", metadata={"help": "cached, held or adapter."})
-    reference_cache: str = field(default="", metadata={"help": "Folder of cached reference log-probs."})
-    head_chunk: int = field(default=256, metadata={"help": "Rows whose vocabulary logits exist at one time."})
-    telemetry_steps: int = field(default=50, metadata={"help": "Steps between looks at gradient noise; 0: none."})
+        def __getattr__(self, name: str) -> Any: ...
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        self._check_settings()
         if self.alpha_schedule == "auto":
             _require_auto(self)
         cuda_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -107,23 +126,53 @@ class BVPOConfig(TrainingArguments):
             self._n_gpu = 1  # one process drives one device; DataParallel would split a row that is one tree
 
     def loss_config(self) -> LossConfig:
-        names = [f.name for f in dataclasses.fields(LossConfig) if f.name != "name"]
-        return LossConfig(name=self.loss, **{name: getattr(self, name) for name in names})
+        return self._train_config().loss
 
     def alpha_config(self) -> AlphaConfig:
-        for name, value in (("alpha", self.alpha), ("alpha_end", self.alpha_end)):
-            if value is not None and not 0 <= value <= 1:
-                raise UserError(f"{name}: got {value!r}, expected a number from 0 to 1")
-        schedule: Any = self.alpha_schedule
-        return AlphaConfig(schedule=schedule, value=self.alpha, end=self.alpha_end, every=self.alpha_every)
+        return self._train_config().alpha
 
     def anchor_config(self) -> AnchorConfig:
-        config = AnchorConfig(kind=self.anchor, tokens=self.anchor_tokens, weight=self.anchor_weight)  # type: ignore[arg-type]
-        if config.kind == "none" and config.weight:
-            raise UserError(f"anchor_weight: got {config.weight}, but anchor is 'none'; name a kind (nll or kl)")
-        if config.kind != "none" and not config.weight > 0:
-            raise UserError(f"anchor_weight: got {config.weight}, expected a number above 0 for anchor {config.kind!r}")
-        return config
+        return self._train_config().anchor
+
+    def _train_config(self) -> TrainConfig:
+        """[train] as these arguments say it, apart from what is transformers' own."""
+        table: dict[str, Any] = {}
+        for setting in SETTINGS:
+            value = getattr(self, setting.argument)
+            if setting.own and not (setting.argument == "quads_per_step" and value is None):
+                *sections, last = setting.field.split(".")
+                node = table
+                for section in sections:
+                    node = node.setdefault(section, {})
+                node[last] = value
+        return from_dict(TrainConfig, table)
+
+    def _check_settings(self) -> None:
+        """The rules of [train] about types, choices, ranges and what goes together, in the arguments' names."""
+        try:
+            config = self._train_config()
+        except FieldError as error:
+            raise UserError(_in_arguments(error.field, error.problem)) from None
+        for problems in (range_problems(config), section_problems(config)):
+            for name, problem in problems:
+                raise UserError(_in_arguments(name, problem))
+
+
+def _in_arguments(name: str, problem: str) -> str:
+    argument = _BY_FIELD.get(name, name)
+    return f"{argument}: {problem.removeprefix(f'field {name!r}: ')}"
+
+
+# Arguments of transformers that no setting of [train] stands for and that change the numbers of a run.
+_ALSO = ("optim_args", "lr_scheduler_kwargs", "bf16", "fp16", "seed", "data_seed")
+DECIDES = frozenset(s.argument for s in SETTINGS if not s.free) | {"reasoning_format", "custom_format", *_ALSO}
+"""What must agree for a run to go on from a checkpoint. How a step is cut into backward passes and where the reference
+lives change time and memory only, so a run that ran out of memory goes on with a smaller budget."""
+
+
+def decisive_arguments(args: BVPOConfig) -> dict[str, Any]:
+    """Everything in the arguments that decides the run's numbers."""
+    return {name: getattr(args, name) for name in sorted(DECIDES)}
 
 
 def refuse_zero3(plugin: Any) -> None:
@@ -131,31 +180,6 @@ def refuse_zero3(plugin: Any) -> None:
     stage = ((plugin and plugin.deepspeed_config) or {}).get("zero_optimization", {}).get("stage")
     if stage == 3:
         raise UserError("deepspeed: ZeRO-3 is not supported; use stage 2, or FSDP2, which shards the weights as well")
-
-
-_CHOICES = {
-    "anchor": ("none", "nll", "kl"),
-    "anchor_tokens": ("trace", "answer", "both"),
-    "trace_estimator": ("joint", "answer", "traces"),
-    "over_long": ("drop", "refuse"),
-    "last_step": ("keep", "drop"),
-    "layout": ("auto", "tree", "packed", "padded", "single"),
-    "backward": ("micro_batch", "sequence"),
-    "precision": ("auto", "bf16", "fp32", "pure_bf16"),
-    "reference": ("cached", "held", "adapter"),
-}
-
-
-def _check_choices(args: BVPOConfig) -> None:
-    for name, choices in _CHOICES.items():
-        if getattr(args, name) not in choices:
-            raise UserError(f"{name}: got {getattr(args, name)!r}, expected one of {', '.join(choices)}")
-    for name in ("quads_per_step", "tokens_per_micro_batch", "max_length", "head_chunk", "alpha_every"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name}: got {value}, expected a positive integer")
-    if args.telemetry_steps < 0:
-        raise UserError(f"telemetry_steps: got {args.telemetry_steps}, expected 0 or more")
 
 
 def why_biased(args: BVPOConfig) -> str | None:
@@ -169,7 +193,6 @@ def why_biased(args: BVPOConfig) -> str | None:
 
 def _require_auto(args: BVPOConfig) -> None:
     """Refuses what the rule behind ``auto`` is not valid for."""
-    validate(args.alpha_config())
     reason = why_biased(args)
     if reason is not None:
         raise UserError(f"alpha 'auto' takes the trace view for unbiased, but {reason}; set a constant alpha")
@@ -178,37 +201,13 @@ def _require_auto(args: BVPOConfig) -> None:
 
 
 # transformers renamed the switch; the old name warns on the new versions and is the only one on the old ones.
-_FIELDS = {f.name for f in dataclasses.fields(TrainingArguments)}
-_CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
+_CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _THEIRS else "gradient_checkpointing"
 _OPTIMIZERS = {"adamw": "adamw_torch"}
-_SAME_NAME = (
-    "learning_rate",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "max_steps",
-    "max_length",
-    "over_long",
-    "score_empty_block",
-    "trace_estimator",
-    "layout",
-    "tokens_per_micro_batch",
-    "quads_per_step",
-    "backward",
-    "precision",
-    "dropout",
-    "reference",
-    "reference_cache",
-    "last_step",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-    "save_total_limit",
-    "head_chunk",
-    "telemetry_steps",
-)
+
+
+def _train_settings(config: TrainConfig) -> dict[str, Any]:
+    """Argument -> the value that [train] gives it."""
+    return {setting.argument: attrgetter(setting.field)(config) for setting in SETTINGS}
 
 
 def arguments_from(
@@ -220,32 +219,19 @@ def arguments_from(
     custom_format: Mapping[str, Any] | None = None,
 ) -> BVPOConfig:
     """The trainer's arguments of an experiment; ``[train.hf]`` passes any other TrainingArguments field, names checked."""
-    values: dict[str, Any] = {name: getattr(config, name) for name in _SAME_NAME}
+    values = _train_settings(config)
+    checkpointing = values.pop("gradient_checkpointing")
     values |= {
         "output_dir": output_dir,
-        _CHECKPOINTING: config.gradient_checkpointing,
-        f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
+        _CHECKPOINTING: checkpointing,
+        f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False} if checkpointing else None,
         "seed": seed,
         "data_seed": seed,
         "reasoning_format": reasoning_format,
         "custom_format": dict(custom_format or {}) or None,
-        "num_train_epochs": config.epochs,
-        "lr_scheduler_type": config.lr_scheduler,
-        "warmup_steps": config.warmup_ratio,
         "optim": _OPTIMIZERS.get(config.optimizer, config.optimizer),
-        "eval_strategy": config.eval,
-        "save_strategy": config.save,
         "report_to": list(config.report_to) or "none",
-        "loss": config.loss.name,
-        "alpha": config.alpha.value,
-        "alpha_schedule": config.alpha.schedule,
-        "alpha_end": config.alpha.end,
-        "alpha_every": config.alpha.every,
-        "anchor": config.anchor.kind,
-        "anchor_tokens": config.anchor.tokens,
-        "anchor_weight": config.anchor.weight,
     }
-    values |= {f.name: getattr(config.loss, f.name) for f in dataclasses.fields(LossConfig) if f.name != "name"}
     known = {f.name for f in dataclasses.fields(BVPOConfig) if f.init}
     for name in config.hf:
         if name not in known:

@@ -30,11 +30,10 @@ from bvpo.method.mixing import AlphaSource
 from bvpo.records import View
 from bvpo.strict import UserError
 from bvpo.training import checkpoints, dropout, policy, reference
-from bvpo.training.arguments import BVPOConfig
+from bvpo.training.arguments import BVPOConfig, decisive_arguments
 from bvpo.training.callbacks import Bookkeeping, use_concise_progress
 from bvpo.training.first_step import FirstStep, starts_at_reference, tolerance
 from bvpo.training.gradients import StepRunner
-from bvpo.training.identity import decisive_arguments
 from bvpo.training.loading import (
     adapter_settings,
     agree,
@@ -157,7 +156,7 @@ class BVPOTrainer(Trainer):
         from bvpo.training.data import token_dataset
 
         with args.main_process_first(local=False, desc=f"tokenising the {name} quads"):
-            return token_dataset(data, tokenizer, model.config.get_text_config().vocab_size, args, name)
+            return token_dataset(data, tokenizer, model.config.get_text_config().vocab_size, cast(Any, args), name)
 
     def _steps(self, tokens: TokenDataset, args: BVPOConfig, last_step: str = "keep") -> StepDataset:
         assert args.quads_per_step is not None

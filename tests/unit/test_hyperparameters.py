@@ -2,50 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from hyperparameters_doc import DOC, FIXED, RENAMED, tables, trainer_fields, with_generated_parts
+from hyperparameters_doc import DOC, FIXED, tables, with_generated_parts
 
-from bvpo.config import ExperimentConfig, load_config
-from bvpo.config.layers import settings
-
-# A value away from the default for every setting that the trainer's fields come from, and what the field then is.
-CHANGED = {
-    "train.epochs": ("2.5", 2.5),
-    "train.learning_rate": ("1e-5", 1e-5),
-    "train.lr_scheduler": ("linear", "linear"),
-    "train.warmup_ratio": ("0.25", 0.25),
-    "train.logging_steps": ("7", 7),
-    "train.loss.name": ("rdpo", "rdpo"),
-    "train.loss.beta": ("0.3", 0.3),
-    "train.loss.label_smoothing": ("0.1", 0.1),
-    "train.loss.gamma": ("0.7", 0.7),
-    "train.loss.length_weight": ("0.2", 0.2),
-    "train.alpha.value": ("0.9", 0.9),
-    "train.alpha.schedule": ("linear", "linear"),
-    "train.alpha.end": ("0.2", 0.2),
-    "train.anchor.kind": ("nll", "nll"),
-    "train.anchor.tokens": ("both", "both"),
-    "train.anchor.weight": ("0.05", 0.05),
-    "train.trace_estimator": ("answer", "answer"),
-    "train.max_length": ("99", 99),
-    "train.over_long": ("refuse", "refuse"),
-    "train.score_empty_block": ("false", False),
-    "train.quads_per_step": ("6", 6),
-    "train.tokens_per_micro_batch": ("500", 500),
-    "train.dropout": ("true", True),
-    "train.last_step": ("drop", "drop"),
-    "train.layout": ("padded", "padded"),
-    "train.backward": ("sequence", "sequence"),
-    "train.precision": ("fp32", "fp32"),
-    "train.reference": ("held", "held"),
-    "train.reference_cache": ("refs", "refs"),
-    "train.head_chunk": ("32", 32),
-    "train.telemetry_steps": ("7", 7),
-}
-# What cannot be set together with these.
-APART = {"train.alpha.every": ("3", 3)}
+from bvpo.config import ExperimentConfig
+from bvpo.config.layers import Setting, build, parse_flags, settings
+from bvpo.config.toml import toml_value
 
 
 def test_page_is_fresh() -> None:
@@ -62,26 +24,47 @@ def test_tables_hold_every_setting_once() -> None:
     assert "| `beta` | `float`; a number above 0 | `0.1` |" in text
 
 
-def test_fields_of_the_trainer_come_from_the_named_settings(tmp_path: Path) -> None:
-    """Mutations: two settings swapped on the way into BVPOConfig; a setting that no field takes."""
-    from bvpo.training.arguments import arguments_from
+def changed(setting: Setting) -> str:
+    """A value away from the default that is in range, as a flag takes it."""
+    known = {
+        "lr_scheduler": "linear",
+        "warmup_ratio": "0.25",
+        "max_steps": "7",
+        "loss.name": "rdpo",
+        "report_to": "wandb",
+    }
+    name = setting.field.removeprefix("train.")
+    if name in known:
+        return known[name]
+    if "|" in setting.type and not set(setting.type.split("|")) & {"int", "float", "str"}:
+        return next(word for word in setting.type.split("|") if word not in (setting.default or "").strip('"'))
+    if setting.type == "bool":
+        return "false" if setting.default == "true" else "true"
+    return {"int": "9", "float": "0.3", "str": "x"}[setting.type.split("|")[0]]
 
-    path = tmp_path / "c.toml"
-    path.write_text('name = "a"\n[model]\npath = "m"\n', encoding="utf-8")
-    flags = [word for setting, (text, _) in CHANGED.items() for word in (f"--{setting}", text)]
-    config = load_config(path, [*flags, "--train.hf.use_cpu", "true"])
-    args = arguments_from(config.train, output_dir=str(tmp_path), seed=1, reasoning_format="qwen3")
-    assert args.reasoning_format == "qwen3"
-    fields = {name: setting for name, _, setting, _ in trainer_fields() if setting.startswith("train.")}
-    assert set(fields.values()) == set(CHANGED) | set(APART)
-    together = {name: setting for name, setting in fields.items() if setting in CHANGED}
-    assert {name: getattr(args, name) for name in together} == {name: CHANGED[s][1] for name, s in together.items()}
-    auto = [word for setting, (text, _) in APART.items() for word in (f"--{setting}", text)]
-    config = load_config(path, [*auto, "--train.alpha.schedule", "auto", "--train.hf.use_cpu", "true"])
-    assert arguments_from(config.train, output_dir=str(tmp_path), seed=1).alpha_every == APART["train.alpha.every"][1]
+
+@pytest.mark.parametrize(
+    "setting", [s for s in settings(ExperimentConfig) if s.field.startswith("train.")], ids=lambda s: s.field
+)
+def test_fields_of_the_trainer_come_from_the_named_settings(setting: Setting) -> None:
+    """Mutations: two settings swapped on the way into BVPOConfig; a setting that no field takes, or a default of its own."""
+    from bvpo.training.arguments import _BY_FIELD, _train_settings
+
+    field = setting.field.removeprefix("train.")
+    if field.split(".")[0] in ("lora", "hf"):
+        assert field not in _BY_FIELD
+        return
+    text = changed(setting)
+    flags = ["--name", "a", "--model.path", "m", f"--{setting.field}", text]
+    config = build(ExperimentConfig, [parse_flags(ExperimentConfig, flags)])
+    expected = parse_flags(ExperimentConfig, [f"--{setting.field}", text]).values["train"]
+    for part in field.split("."):
+        expected = expected[part]
+    assert _train_settings(config.train)[_BY_FIELD[field]] == expected
+    assert setting.default is None or toml_value(expected, field) != setting.default
 
 
-@pytest.mark.parametrize("name", [*RENAMED, *FIXED])
+@pytest.mark.parametrize("name", FIXED)
 def test_generator_names_real_fields(name: str) -> None:
     """Mutation: a name that BVPOConfig no longer has."""
     from bvpo.training.arguments import BVPOConfig

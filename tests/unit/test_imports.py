@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -171,14 +172,29 @@ def fields_read(source: str, cls: Any, paths: tuple[str, ...]) -> set[str]:
     return reads.found & names
 
 
+def arguments_read() -> set[str]:
+    """Settings of [train] as ``Class.field`` that the trainer reads as an argument, or that are transformers' own."""
+    from bvpo.training.arguments import SETTINGS
+
+    text = "\n".join(
+        p.read_text(encoding="utf-8") for room in ("training", "stages") for p in (PACKAGE / room).rglob("*.py")
+    )
+    read = {s.field for s in SETTINGS if not s.own or re.search(rf"\bargs\.{s.argument}\b", text)}
+    by_path = {paths: cls for cls, paths in sections()}
+    return {
+        f"{by_path[(section or 'train',)].__name__}.{name}" for section, _, name in (f.rpartition(".") for f in read)
+    }
+
+
 def test_every_config_field_is_read() -> None:
-    """Mutation: a new setting in bvpo/config.py without a reader, or deleting the last reader of one."""
-    sources = [p.read_text(encoding="utf-8") for p in PACKAGE.rglob("*.py") if p.name != "config.py"]
+    """Mutation: a new setting in bvpo/config without a reader, or deleting the last reader of one."""
+    sources = [p.read_text(encoding="utf-8") for p in PACKAGE.rglob("*.py") if p.parent.name != "config"]
     unread: set[str] = set()
     for cls, paths in sections():
         read = set().union(*(fields_read(source, cls, paths) for source in sources))
         leaves = {name for name, tp in field_types(cls).items() if not is_dataclass(tp)}
         unread |= {f"{cls.__name__}.{name}" for name in leaves - read}
+    unread -= arguments_read()
     assert unread == NOT_READ_YET, (
         f"nothing reads {sorted(unread - NOT_READ_YET)}; read now, delete from NOT_READ_YET: {sorted(NOT_READ_YET - unread)}"
     )

@@ -131,7 +131,7 @@ def test_resuming_names_what_is_compared() -> None:
     """Mutation: a field that resuming compares and the page does not name, or the other way round."""
     from transformers import TrainingArguments
 
-    from bvpo.training.identity import DECIDES
+    from bvpo.training.arguments import DECIDES
 
     text = TEXT.split("and of `TrainingArguments`:")[1].split("Not compared")[0]
     assert set(re.findall(r"`(\w+)`", text)) == DECIDES & set(TrainingArguments.__dataclass_fields__)

@@ -156,21 +156,15 @@ def report(request: Request, *, show_progress: bool = False) -> GradientReport:
 
 def _prepare(request: Request, folder: str) -> tuple[Any, dict[str, str], dict[str, int]]:
     """A trainer that will not train, the prompt of every quad, and what was dropped."""
+    from bvpo.config import LossConfig, TrainConfig
     from bvpo.formats import resolve_format
-    from bvpo.training.arguments import BVPOConfig
+    from bvpo.training.arguments import arguments_from
     from bvpo.training.data import quads_from
     from bvpo.training.loading import load_policy, load_tokenizer
     from bvpo.training.trainer import BVPOTrainer
 
-    args = BVPOConfig(
-        output_dir=folder,
-        beta=request.beta,
-        seed=request.seed,
-        reasoning_format=request.format,
-        max_length=request.max_length,
-        disable_tqdm=True,
-        report_to="none",
-    )
+    settings = TrainConfig(max_length=request.max_length, loss=LossConfig(beta=request.beta), hf={"disable_tqdm": True})
+    args = arguments_from(settings, output_dir=folder, seed=request.seed, reasoning_format=request.format)
     tokenizer = load_tokenizer(None, request.model)
     source = quads_from(request.quads, resolve_format(tokenizer, request.format, None), "QUADS")
     quads = draw(source, request.limit, request.seed)
