@@ -37,14 +37,14 @@ def run_words(verb: str, words: Sequence[str]) -> int:
     return importlib.import_module(VERBS[verb][0]).main(words) or 0
 
 
-LOOKING = ("analyze",)
+READERS = ("analyze",)
 """Verbs of a chain that take the experiment's folder instead of its config."""
 
 
 def run_stage(verb: str, config: ExperimentConfig, options: StageOptions | None = None) -> None:
     """One stage on a config that is already there; raises what the stage raises."""
     module = importlib.import_module(VERBS[verb][0])
-    if verb in LOOKING:
+    if verb in READERS:
         module.main([str(Path(config.root) / config.name)])
     else:
         module.run(config, options or StageOptions())

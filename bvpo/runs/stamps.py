@@ -15,10 +15,10 @@ from bvpo.config import ExperimentConfig
 from bvpo.experiment import read_manifest, write_atomically
 from bvpo.keys import content_hash
 from bvpo.strict import to_dict
-from bvpo.verbs import LOOKING
+from bvpo.verbs import READERS
 
 FILE = "run.json"
-_UNRECORDED = ("tiny", *LOOKING)  # verbs without an entry in the manifest; the model itself is part of the stamp
+_UNRECORDED = ("tiny", *READERS)  # verbs without an entry in the manifest; the model itself is part of the stamp
 _SMALL = 64 * 2**20  # bytes of weights that are read to tell two models apart; of larger ones the sizes must do
 
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from bvpo.command import PlainParser, ReaderParser, parse_reader, whole_number
 from bvpo.config import load_config
 from bvpo.evaluation.viewstats import Columns, Comparison, Measures, Settings, compare_views
 from bvpo.experiment import RecordStore, read_manifest, write_atomically
 from bvpo.formats import ReasoningFormat, answer_offset, resolve_format
-from bvpo.look import LookParser, PlainParser, parse_look, whole_number
 from bvpo.records import VIEWS, Prompt, Sample, View
 from bvpo.report.charts import Chart, Curve, Point, curve_chart, dot_chart
 from bvpo.report.pages import render_page
@@ -60,7 +60,7 @@ _CURVE_POINTS = 160
 def main(argv: Sequence[str]) -> int | None:
     if "--gradients" in argv:
         return _gradients([word for word in argv if word != "--gradients"])
-    parser = LookParser("analyze", ABOUT)
+    parser = ReaderParser("analyze", ABOUT)
     parser.add_argument(
         "--gradients",
         action="store_true",
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int | None:
     parser.add_argument(
         "--seed", type=whole_number(0), default=0, metavar="N", help="seed of the bootstrap (default 0)"
     )
-    folder, options = parse_look(parser, argv)
+    folder, options = parse_reader(parser, argv)
     settings = Settings(num_resamples=options.resamples, seed=options.seed)
     analysis = analyze(folder, settings, options.limit)
     sys.stdout.write(text_table(analysis))

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bvpo.command import ReaderParser, experiment_folder
 from bvpo.evaluation.comparing import EvaluationRow, SeedsRow, method_pairs, seeds_rows
 from bvpo.evaluation.metrics import (
     MEASURES,
@@ -32,7 +33,6 @@ from bvpo.evaluation.metrics import (
 )
 from bvpo.evaluation.results import Runs, with_one_lowest
 from bvpo.experiment import differences, write_atomically
-from bvpo.look import LookParser, experiment_folder
 from bvpo.records import Prompt
 from bvpo.report.compare import Told, of_evaluations, of_methods, page_values, text_lines
 from bvpo.report.pages import render_page
@@ -82,8 +82,8 @@ def main(argv: Sequence[str]) -> int | None:
     return None
 
 
-def _parser() -> LookParser:
-    parser = LookParser("compare", ABOUT)
+def _parser() -> ReaderParser:
+    parser = ReaderParser("compare", ABOUT)
     parser.add_argument(
         "other", nargs="?", metavar="EXPERIMENT", help="what to compare with (default: the same comparison)"
     )

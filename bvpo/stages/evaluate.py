@@ -65,13 +65,11 @@ _WEIGHTS = ("model", "revision", "content", "parameters")  # of an engine's fing
 
 
 def main(argv: Sequence[str]) -> int | None:
-    words = [word for word in argv if word != RESCORE]
-    config, options = parse_command("evaluate", words, ABOUT)
-    run(config, options, rescore=len(words) < len(argv))
+    run(*parse_command("evaluate", argv, ABOUT))
     return None
 
 
-def run(config: ExperimentConfig, options: StageOptions, *, rescore: bool = False) -> None:
+def run(config: ExperimentConfig, options: StageOptions) -> None:
     """Evaluates on every benchmark; ``--limit`` keeps to the first prompts of each."""
     settings = config.evaluate
     if not settings.benchmarks:
@@ -90,7 +88,7 @@ def run(config: ExperimentConfig, options: StageOptions, *, rescore: bool = Fals
     for benchmark in benchmarks:
         require_prompts(benchmark)
     for benchmark in benchmarks:
-        draw(benchmark, options, rescore)
+        draw(benchmark, options)
     make_folder(folder)
     forget_stage(folder, stage)  # results are made anew; samples and scores keep their own entries
     begin_stage(folder, stage, config={"evaluate": to_dict(settings), "model": model.path, "seed": config.seed})
@@ -124,11 +122,11 @@ def require_prompts(benchmark: Benchmark) -> None:
         write_jsonl(path, benchmark.read.prompts)
 
 
-def draw(benchmark: Benchmark, options: StageOptions, rescore: bool) -> None:
+def draw(benchmark: Benchmark, options: StageOptions) -> None:
     """Samples and scores what is missing."""
     logger.info("evaluate     %s: %s", benchmark.name, _about(benchmark))
     _drive("sample", benchmark, options, _anew(benchmark))
-    if rescore:
+    if options.rescore:
         forget_stage(benchmark.folder, "score")  # scores of the earlier scorer stay in the store, under its name
     _drive("score", benchmark, options, f"{RESCORE} scores the same samples with the scorer as it is now")
 

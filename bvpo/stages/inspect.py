@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from bvpo.command import ReaderParser, parse_reader, whole_number
 from bvpo.data.overview import SORTS, LastScore, PromptNote, Role, SampleNote, choose_within, last_scores
 from bvpo.data.scores import score_key, scorer_id
 from bvpo.experiment import RecordStore, read_manifest, write_atomically
-from bvpo.look import LookParser, parse_look, whole_number
 from bvpo.records import VIEWS, Pair, Prompt, Quad, Sample, Score, View
 from bvpo.report.pages import clip, render_page
 from bvpo.report.terminal import Terminal, head
@@ -33,7 +33,7 @@ _ESCAPED = 1.1  # escaping makes texts longer
 
 
 def main(argv: Sequence[str]) -> int | None:
-    folder, options = parse_look(_parser(), argv)
+    folder, options = parse_reader(_parser(), argv)
     experiment = open_experiment(folder)
     terminal = Terminal.of(sys.stdout)
     if options.html:
@@ -46,8 +46,8 @@ def main(argv: Sequence[str]) -> int | None:
     return None
 
 
-def _parser() -> LookParser:
-    parser = LookParser("inspect", ABOUT)
+def _parser() -> ReaderParser:
+    parser = ReaderParser("inspect", ABOUT)
     parser.add_argument("prompt", nargs="?", metavar="PROMPT_ID", help="a prompt's id, or the beginning of it")
     parser.add_argument("--view", choices=[*VIEWS, "both"], default="both", help="show the samples of this view only")
     parser.add_argument(

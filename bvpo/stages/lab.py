@@ -21,11 +21,11 @@ from typing import Any, NoReturn
 import torch
 
 from bvpo import __version__
+from bvpo.command import whole_number
 from bvpo.experiment import write_atomically
 from bvpo.files import make_folder
 from bvpo.lab.experiment import PARTS, run_lab
 from bvpo.lab.results import Cell, LabReport, Plot, Verdict
-from bvpo.look import whole_number
 from bvpo.report.charts import Chart, Curve, curve_chart
 from bvpo.report.pages import render_page
 from bvpo.strict import UserError

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bvpo.command import ReaderParser, parse_reader, whole_number
 from bvpo.config import ExperimentConfig, load_config
 from bvpo.evaluation.results import Results
 from bvpo.experiment import write_atomically
-from bvpo.look import LookParser, parse_look, whole_number
 from bvpo.report.pages import render_page
 from bvpo.report.results import best_method, page_values, text_table
 from bvpo.runs.gather import conversations, gather
@@ -30,12 +30,12 @@ RESULTS, PAGE = "results.json", "report.html"
 
 
 def main(argv: Sequence[str]) -> int | None:
-    parser = LookParser("report", ABOUT)
+    parser = ReaderParser("report", ABOUT)
     parser.add_argument(
         "--transcripts", type=whole_number(0), default=4, metavar="N",
         help="prompts of each benchmark whose answers are shown side by side (default 4)",
     )  # fmt: skip
-    folder, options = parse_look(parser, argv)
+    folder, options = parse_reader(parser, argv)
     config = _config(folder)
     results = gather(config, command=f"bvpo run {_relative(folder / 'config.toml')}")
     write_atomically(folder / RESULTS, json.dumps(to_dict(results), indent=1, ensure_ascii=False) + "\n")

@@ -39,16 +39,14 @@ ABOUT = (
 
 
 def main(argv: Sequence[str]) -> int | None:
-    words = [word for word in argv if word != TUNE]
-    config, options = parse_command("run", words, ABOUT)
-    run(config, options, tune=len(words) < len(argv))
+    run(*parse_command("run", argv, ABOUT))
     return None
 
 
-def run(config: ExperimentConfig, options: StageOptions, *, tune: bool = False) -> None:
+def run(config: ExperimentConfig, options: StageOptions) -> None:
     """The whole run; a failed job raises after the jobs at work have ended."""
     declared_of(config)  # mistakes in it come before any work
-    if tune:
+    if options.tune:
         tune_methods(config, options)
         if options.dry_run:
             return

@@ -58,13 +58,11 @@ _PROBE = (Message(role="user", content="Why?"),)
 
 
 def main(argv: Sequence[str]) -> int | None:
-    words = [word for word in argv if word != RETRY]
-    config, options = parse_command("sample", words, ABOUT)
-    run(config, options, retry_failed=len(words) < len(argv))
+    run(*parse_command("sample", argv, ABOUT))
     return None
 
 
-def run(config: ExperimentConfig, options: StageOptions, *, retry_failed: bool = False) -> None:
+def run(config: ExperimentConfig, options: StageOptions) -> None:
     """Draws what is missing; ``--limit`` keeps to the first prompts, ``sample.shard`` to a part of them."""
     from transformers.utils import logging as transformers_logging
 
@@ -88,7 +86,7 @@ def run(config: ExperimentConfig, options: StageOptions, *, retry_failed: bool =
             run_seed=config.seed,
         )
         shard = shard_of(config.sample.shard)
-        failed_keys = set() if retry_failed else {row["key"] for row in failed.columns("key")}
+        failed_keys = set() if options.retry_failed else {row["key"] for row in failed.columns("key")}
         prompts = [prompt for prompt in everything[: options.limit] if in_shard(prompt, shard)]
         if len(prompts) >= _MANY_PROMPTS:
             logger.info("writing %s prompts in tokens and looking up what is done", f"{len(prompts):,}")
@@ -102,7 +100,7 @@ def run(config: ExperimentConfig, options: StageOptions, *, retry_failed: bool =
             has_failed=failed_keys.__contains__,
         )
         _require_writable(plan)
-        _say_plan(config, fmt, plan, sampling, retry_failed)
+        _say_plan(config, fmt, plan, sampling, options.retry_failed)
         if options.dry_run:
             logger.info("dry run: nothing was sampled")
             return

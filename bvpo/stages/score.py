@@ -36,13 +36,11 @@ _MOST_ERRORS = 5  # kinds of errors that are listed
 
 
 def main(argv: Sequence[str]) -> int | None:
-    words = [word for word in argv if word != RETRY]
-    config, options = parse_command("score", words, ABOUT)
-    run(config, options, retry_failed=len(words) < len(argv))
+    run(*parse_command("score", argv, ABOUT))
     return None
 
 
-def run(config: ExperimentConfig, options: StageOptions, *, retry_failed: bool = False) -> None:
+def run(config: ExperimentConfig, options: StageOptions) -> None:
     """Scores what has no score yet; ``--limit`` keeps to the first prompts."""
     folder = Path(config.root) / config.name
     prompts = _prompts(folder, options.limit)
@@ -61,8 +59,8 @@ def run(config: ExperimentConfig, options: StageOptions, *, retry_failed: bool =
         check_stage(folder, "score", **identity)
         name = scorer_id(config.score.scorer, fingerprint)
         store = RecordStore(folder / "scores", Score, key=score_key)
-        work = find_work(prompts, samples, store, name, scorer.needs, retry_failed=retry_failed)
-        _say_work(name, work, scorer, retry_failed)
+        work = find_work(prompts, samples, store, name, scorer.needs, retry_failed=options.retry_failed)
+        _say_work(name, work, scorer, options.retry_failed)
         if options.dry_run:
             logger.info("dry run: nothing was scored")
             return

@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bvpo.command import ReaderParser, parse_reader
 from bvpo.data.overview import last_scores
 from bvpo.data.scores import NO_ANSWER, score_key, scorer_id
 from bvpo.evaluation.metrics import MODES
 from bvpo.experiment import Manifest, RecordStore, StageEntry, StoreStats, read_manifest
 from bvpo.experiment.checking import StoreCheck, check_store
 from bvpo.experiment.live import LiveFile, is_active
-from bvpo.look import LookParser, parse_look
 from bvpo.records import Prompt, Sample, Score
 from bvpo.report.tables import aligned
 from bvpo.runs.progress import MethodProgress, method_progress
@@ -51,11 +51,11 @@ class StageStatus:
 
 
 def main(argv: Sequence[str]) -> int | None:
-    parser = LookParser("status", ABOUT)
+    parser = ReaderParser("status", ABOUT)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--verify", action="store_true", help="check every record and shard against its checksum")
     parser.add_argument("--repair", action="store_true", help="verify, and drop what is damaged, to be made again")
-    folder, options = parse_look(parser, argv)
+    folder, options = parse_reader(parser, argv)
     checks = verify(folder, repair=options.repair) if options.verify or options.repair else []
     if methods := method_progress(folder):
         return say_methods(folder, methods, as_json=options.json)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from bvpo import __version__, cli
-from bvpo.command import StageOptions, help_page, parse_command
+from bvpo.command import StageOptions, help_page, parse_command, section_page
 from bvpo.config import ExperimentConfig
 from bvpo.config.layers import settings
 from bvpo.strict import UserError
@@ -178,23 +178,51 @@ def test_stage_command_line_mistakes(config: str, argv: list[str], said: str) ->
         parse_command("train", [config if word == "CONFIG" else word for word in argv])
 
 
-def test_stage_help_shows_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    """Mutation: help written by hand, or a section left out."""
+def helped(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     with pytest.raises(SystemExit) as stopped:
-        parse_command("train", ["--help"], about="Trains.")
+        parse_command("train", words, about="Trains.")
     assert stopped.value.code == 0
-    out = capsys.readouterr().out
-    assert out.startswith("usage: bvpo train CONFIG.toml")
+    return capsys.readouterr().out
+
+
+def test_stage_help_is_short_and_of_its_own_sections(capsys: pytest.CaptureFixture[str]) -> None:
+    """Mutation: the settings of every section on every verb's page; or one of its own left out."""
+    out = helped(capsys, "--help")
+    assert out.startswith("usage: bvpo train CONFIG.toml") and len(out.splitlines()) < 120
+    assert out.index("[train]") < out.index("[data]") < out.index("[model]") and "[tiny]" not in out
+    for setting in settings(ExperimentConfig):
+        assert (f"  --{setting.field} " in out) == (setting.section.split(".")[0] in ("train", "data", "model", "")), (
+            setting
+        )
+    assert re.search(r"--model.path +required", out) and re.search(r"--train.loss.beta +0.1 ", out)
+    assert "--help SECTION" in out and "tiny" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("topic", "sections"), [("all", None), ("train.loss", {"train.loss"}), ("run", {"run", "run.tune"})]
+)
+def test_help_of_a_section_explains_it(
+    capsys: pytest.CaptureFixture[str], topic: str, sections: set[str] | None
+) -> None:
+    """Mutation: help written by hand, or a section left out."""
+    out = helped(capsys, "--help", topic)
     words: Any = " ".join(out.split())
     for setting in settings(ExperimentConfig):
-        assert f"--{setting.field} {setting.type}" in out
-        assert setting.doc in words
-    assert "--model.path str (required)" in words and "--train.loss.beta float (default 0.1)" in words
+        there = sections is None or setting.section in sections
+        assert (f"--{setting.field} {setting.type}" in out) == there
+        assert not there or setting.doc in words
 
 
-def test_stage_help_fits_its_width() -> None:
+def test_help_of_no_section_is_a_mistake() -> None:
+    """Mutation: an empty page."""
+    with pytest.raises(UserError, match="no section 'trian'; did you mean 'train'"):
+        parse_command("train", ["--help", "trian"])
+
+
+@pytest.mark.parametrize("page", [help_page("train", width=80), section_page("all", width=80)], ids=["verb", "all"])
+def test_help_fits_its_width(page: str) -> None:
     """Mutation: docs not wrapped."""
-    assert max(len(line) for line in help_page("train", width=80).splitlines() if line.startswith("      ")) <= 80
+    assert max(len(line) for line in page.splitlines() if line.startswith("      ")) <= 80
 
 
 @pytest.mark.parametrize(
