@@ -4,7 +4,7 @@ In: sequence log-probabilities of a batch of pairs (:class:`PairLogps`) and keyw
 per pair (:class:`PairLoss`). Nothing is reduced here: the trainer alone averages, by the global number of pairs of each
 view (:mod:`bvpo.method.mixing`). Losses do not know which view their pairs come from.
 
-A loss is one pure function plus one line in :data:`LOSSES`; docs/adding-a-loss.md is the worked example and
+A loss is one pure function plus one line in :data:`LOSSES`; docs/extending.md is the worked example and
 docs/losses.md the reference. Shapes: B pairs; N tokens; V vocabulary.
 """
 

@@ -49,7 +49,8 @@ def test_the_walk_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(ROOT / "docs" / "examples" / "first_run.py"), run_name="__main__")
     namespace: dict[str, Any] = {}
-    blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    walk = TEXT.split("\n## The record store\n")[0]
+    blocks = re.findall(r"^```python\n(.*?)^```", walk, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, PAGE.name, "exec"), namespace)

@@ -34,13 +34,14 @@ def registries() -> Iterator[None]:
     tokenizer_of.cache_clear()
 
 
-def run_page(name: str, namespace: dict[str, object], *, num_blocks: int) -> dict[str, object]:
-    """Runs the Python blocks of a page, one after another; what they leave behind."""
-    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+def run_section(title: str, namespace: dict[str, object], *, num_blocks: int) -> dict[str, object]:
+    """Runs the Python blocks of a section of docs/extending.md, one after another; what they leave behind."""
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    text = page.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     assert len(blocks) == num_blocks
     for block in blocks:
-        exec(compile(block, name, "exec"), namespace)
+        exec(compile(block, title, "exec"), namespace)
     return namespace
 
 
@@ -54,8 +55,8 @@ def module(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
 @pytest.mark.usefixtures("registries")
 def test_adding_an_engine(module: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
-    """docs/adding-an-engine.md: its code runs, and its engine keeps the contract. Mutation: a page gone stale."""
-    run_page("adding-an-engine.md", module, num_blocks=3)
+    """docs/extending.md: its code runs, and its engine keeps the contract. Mutation: a page gone stale."""
+    run_section("Add an engine", module, num_blocks=3)
     assert capsys.readouterr().out.count("\n") == 3
     with pytest.raises(UserError, match="unknown option 'txt'; did you mean 'text'"):
         create_engine("chain", {"txt": (1,)})
@@ -63,8 +64,8 @@ def test_adding_an_engine(module: dict[str, object], capsys: pytest.CaptureFixtu
 
 @pytest.mark.usefixtures("registries")
 def test_adding_a_scorer(module: dict[str, object]) -> None:
-    """docs/adding-a-scorer.md: its code runs. Mutation: a page gone stale."""
-    run_page("adding-a-scorer.md", module, num_blocks=2)
+    """docs/extending.md: its code runs. Mutation: a page gone stale."""
+    run_section("Add a scorer", module, num_blocks=2)
     assert isinstance(module["scorer"], Scorer)
 
 
@@ -101,7 +102,7 @@ class BrokenEngine:
 )
 def test_the_checks_of_engines_find_faults(module: dict[str, Any], fault: str) -> None:
     """Mutation: any check of tests/engine_checks.py left out."""
-    run_page("adding-an-engine.md", module, num_blocks=3)
+    run_section("Add an engine", module, num_blocks=3)
     impossible = replace(module["requests"][0], key="no", prompt_ids=(4,))
     check_engine(module["engine"], module["requests"], impossible=impossible)
     with pytest.raises(AssertionError):
@@ -110,20 +111,22 @@ def test_the_checks_of_engines_find_faults(module: dict[str, Any], fault: str) -
 
 @pytest.mark.usefixtures("registries")
 def test_adding_a_format() -> None:
-    """docs/adding-a-format.md: its code runs, and its family gets a golden table. Mutation: a page gone stale."""
+    """docs/extending.md: its code runs, and its family gets a golden table. Mutation: a page gone stale."""
     from tests.formats_doc import family_table, golden_lines
 
-    run_page("adding-a-format.md", {}, num_blocks=3)
+    run_section("Add a reasoning format", {}, num_blocks=3)
     (trace, empty, unscored) = golden_lines("acme")
     assert "║ I" in trace and "║ </reason>" in empty and "║ Yes" in unscored
     assert "| `acme` | Acme-7B-Reasoner |" in family_table()
 
 
-def test_contributing_links_its_pages() -> None:
-    """Mutation: a page on adding something that CONTRIBUTING.md does not name."""
+def test_contributing_links_every_section() -> None:
+    """Mutation: a section on adding something that CONTRIBUTING.md does not name."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for page in ROOT.glob("docs/adding-*.md"):
-        assert f"(docs/{page.name})" in text
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    titles = re.findall(r"^## (Add .*)$", page, re.MULTILINE)
+    assert len(titles) == 4
+    assert all(f"(docs/extending.md#{title.lower().replace(' ', '-')})" in text for title in titles)
 
 
 def test_readme_names_commands_that_exist() -> None:
