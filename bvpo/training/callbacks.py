@@ -10,15 +10,12 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from bvpo.files import disk_errors, write_atomically
 from bvpo.strict import UserError
-
-if TYPE_CHECKING:
-    from bvpo.training.trainer import BVPOTrainer
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -27,10 +24,29 @@ class Stopped(Exception):
     """Training ended behind a checkpoint because it was asked to."""
 
 
+class Trained(Protocol):
+    """What of the trainer is used here."""
+
+    model: Any
+    model_wrapped: Any
+    takes_steps: bool
+
+    @property
+    def lacks_reference(self) -> bool: ...
+    @property
+    def reference_is_cached(self) -> bool: ...
+    def fill_reference(self, model: Any) -> None: ...
+    def restore_progress(self) -> None: ...
+    def start_clock(self, now: float) -> None: ...
+    def start_epoch(self, epoch: int) -> None: ...
+    def is_asked_to_stop(self) -> bool: ...
+    def ends_epoch(self, step: int, control: Any) -> bool: ...
+
+
 class Bookkeeping(TrainerCallback):
     """Reshuffles each epoch, fills the reference of sharded models, writes metrics.jsonl, stops when asked to."""
 
-    def __init__(self, trainer: BVPOTrainer) -> None:
+    def __init__(self, trainer: Trained) -> None:
         self._trainer = trainer
         self._owes_save = self._is_stopping = False
         self._padding: dict[int, Any] = {}

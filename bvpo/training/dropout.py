@@ -106,15 +106,6 @@ def _adapter_modules(model: nn.Module) -> Iterator[nn.Module]:
                     yield from child.modules()
 
 
-def has_dropout(model: nn.Module) -> bool:
-    """Whether a module, an adapter's included, has a dropout probability above 0."""
-    return any(
-        "drop" in f"{type(module).__name__}.{name}".lower() and isinstance(value, float) and value > 0
-        for module in model.modules()
-        for name, value in vars(module).items()
-    )
-
-
 def _hidden(model: Any, layout: str, *, training: bool, seed: int) -> tuple[Tensor, bool]:
     """Hidden states of a small quad, and whether a random number was drawn for them."""
     ids = (

@@ -117,11 +117,17 @@ def check_precision(model: nn.Module, args: BVPOConfig) -> None:
         )
     if not trainable:
         raise UserError("model: no parameter requires a gradient")
-    if args.backward == "sequence":
-        from bvpo.training.dropout import has_dropout
+    if args.backward == "sequence" and has_dropout(model):
+        raise UserError("backward: 'sequence' runs each forward twice and needs dropout 0")
 
-        if has_dropout(model):
-            raise UserError("backward: 'sequence' runs each forward twice and needs dropout 0")
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a module, an adapter's included, has a dropout probability above 0."""
+    return any(
+        "drop" in f"{type(module).__name__}.{name}".lower() and isinstance(value, float) and value > 0
+        for module in model.modules()
+        for name, value in vars(module).items()
+    )
 
 
 def num_dense_parameters(model: Any) -> int:

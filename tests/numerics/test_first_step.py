@@ -15,7 +15,7 @@ from training_fixtures import make_trainer, random_quads, tiny_causal_lm
 from bvpo.config import LossConfig
 from bvpo.method.losses import LOSSES, PairLogps, pair_loss, resolve_loss
 from bvpo.strict import UserError
-from bvpo.training.dropout import has_dropout
+from bvpo.training.loading import has_dropout
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
