@@ -21,6 +21,9 @@ def _is_shard(text: str) -> bool:
     return bool(slash) and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)
 
 
+_SHARD = Range(lambda v: not v or _is_shard(v), "a part such as 0/4, from 0/4 to 3/4")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleConfig:
     """Sampling: which responses are drawn, with what engine, and which part of them by this process."""
@@ -49,7 +52,7 @@ class SampleConfig:
     """Longest response in tokens, >= 1; a longer one is cut, and a trace that is cut has no answer."""
     splits: Annotated[tuple[str, ...], all_filled("names of splits")] = ()
     """Splits of the prompts that are sampled; empty samples all."""
-    shard: Annotated[str, Range(lambda v: not v or _is_shard(v), "a part such as 0/4, from 0/4 to 3/4")] = ""
+    shard: Annotated[str, _SHARD] = ""
     """'i/N' samples the i-th of N parts of the prompts (from 0), chosen by hash: one part per machine; empty samples all."""
 
     def contradictions(self) -> Problems:
