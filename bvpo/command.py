@@ -201,8 +201,7 @@ def experiment_folder(text: str) -> Path:
     """The folder that ``text`` means: itself, or the one that a config file names."""
     path = Path(text)
     if path.is_file() and path.suffix == ".toml":
-        config = load_config(path)
-        path = Path(config.root) / config.name
+        path = load_config(path).folder
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; name an experiment's folder or its config file")
     return path

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 
 from bvpo.command import StageOptions
 from bvpo.config import ExperimentConfig
@@ -45,6 +44,6 @@ def run_stage(verb: str, config: ExperimentConfig, options: StageOptions | None 
     """One stage on a config that is already there; raises what the stage raises."""
     module = importlib.import_module(VERBS[verb][0])
     if verb in READERS:
-        module.main([str(Path(config.root) / config.name)])
+        module.main([str(config.folder)])
     else:
         module.run(config, options or StageOptions())

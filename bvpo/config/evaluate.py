@@ -9,7 +9,7 @@ from bvpo.config.ranges import FILLED, NAME, SHARE, Problems, at_least, each_onc
 from bvpo.config.toml import UNSET
 from bvpo.strict import FieldError, convert, did_you_mean, from_dict, show
 
-_EXPERIMENT_FOLDERS = ("samples", "scores", "judge", "train", "preferences")
+_EXPERIMENT_FOLDERS = ("samples", "scores", "judge", "train", "preferences", "reference")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

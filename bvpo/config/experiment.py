@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 from bvpo.config.data import DataConfig
@@ -42,6 +43,11 @@ class ExperimentConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tiny: TinyConfig = field(default_factory=TinyConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def folder(self) -> Path:
+        """The experiment's."""
+        return Path(self.root) / self.name
 
     def contradictions(self) -> Problems:
         held_out = bool(self.data.eval_quads) or self.data.eval_fraction > 0

@@ -15,6 +15,7 @@ from typing import Any
 
 from bvpo.data.cleaning import normal_conversation, parse_messages, prompt_id, structural_problem
 from bvpo.data.sources import Source, SourceRow, parse_source, read_source
+from bvpo.experiment import Experiment
 from bvpo.records import Prompt
 from bvpo.strict import FieldError, UserError, convert, did_you_mean, read_jsonl
 
@@ -33,9 +34,9 @@ class BenchmarkPrompts:
     trained_on: int = 0
 
 
-def read_prompts(text: str, experiment: Path, limit: int | None = None) -> BenchmarkPrompts:
-    """The benchmark's prompts. ``experiment`` is the folder whose splits 'split:NAME' means."""
-    own = experiment / "prompts.jsonl"
+def read_prompts(text: str, experiment: Experiment, limit: int | None = None) -> BenchmarkPrompts:
+    """The benchmark's prompts. ``experiment`` is the one whose splits 'split:NAME' means."""
+    own = experiment.prompts_file
     mine = list(read_jsonl(own, Prompt)) if own.is_file() else []
     rows = _own_split(text.removeprefix(OWN_SPLIT), own, mine) if text.startswith(OWN_SPLIT) else _from_source(text)
     found: dict[str, Prompt] = {}

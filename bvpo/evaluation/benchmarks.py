@@ -23,6 +23,7 @@ from bvpo.config import (
 from bvpo.config.toml import UNSET
 from bvpo.evaluation.benchmark_prompts import BenchmarkPrompts, read_prompts
 from bvpo.evaluation.metrics import MODE_VIEWS, Mode
+from bvpo.experiment import Experiment
 from bvpo.scorers.function import FIELD, FunctionScorer
 from bvpo.strict import UserError
 
@@ -36,7 +37,7 @@ def evaluated_model(config: ExperimentConfig) -> ModelConfig:
         return config.model
     if wanted:
         return replace(config.model, path=wanted, revision=None, tokenizer=None)
-    final = Path(config.root) / config.name / "train" / "final"
+    final = Experiment.of(config).final
     if not final.is_dir():
         raise UserError(
             f"{final}: no trained model; train first, or name another with evaluate.model ('base': model.path)"
@@ -69,8 +70,12 @@ class Benchmark:
     no_answer: Literal["count", "drop"] = "count"
 
     @property
+    def experiment(self) -> Experiment:
+        return Experiment(self.folder)
+
+    @property
     def folder(self) -> Path:
-        return Path(self.config.root) / self.config.name
+        return self.config.folder
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -107,7 +112,7 @@ class Benchmark:
 def prepare(config: ExperimentConfig, model: ModelConfig, name: str, own: BenchmarkConfig) -> Benchmark:
     """Reads the prompts and loads the functions, so that their mistakes come before any work."""
     settings, place = config.evaluate, f"evaluate.benchmarks.{name}"
-    experiment = Path(config.root) / config.name
+    experiment = Experiment.of(config)
     score = config.score
     if own.scorer == "function":
         _function(own.function, f"{place}.function")
@@ -131,7 +136,7 @@ def prepare(config: ExperimentConfig, model: ModelConfig, name: str, own: Benchm
         settings=own,
         modes=settings.modes,
         config=ExperimentConfig(
-            name=name, root=str(experiment / settings.folder), seed=config.seed, model=model, sample=sample, score=score
+            name=name, root=str(experiment.evaluation), seed=config.seed, model=model, sample=sample, score=score
         ),
         read=read,
         more={metric: _function(path, f"{place}.more.{metric}") for metric, path in own.more.items()},

@@ -1,5 +1,6 @@
 """Where stages keep what they made: the record store of samples and scores, and the experiment's manifest."""
 
+from bvpo.experiment.folder import Experiment, is_evaluation
 from bvpo.experiment.lines import Key, digest
 from bvpo.experiment.manifest import (
     MANIFEST,
@@ -21,6 +22,7 @@ from bvpo.files import write_atomically
 __all__ = [
     "MANIFEST",
     "Damage",
+    "Experiment",
     "Key",
     "Manifest",
     "RecordStore",
@@ -34,6 +36,7 @@ __all__ = [
     "digest",
     "finish_stage",
     "forget_stage",
+    "is_evaluation",
     "read_manifest",
     "versions",
     "write_atomically",

@@ -17,13 +17,11 @@ from bvpo.config import ExperimentConfig, benchmarks_of
 from bvpo.evaluation.declared import Declared, declared_rows
 from bvpo.evaluation.metrics import MODES, Mode
 from bvpo.evaluation.results import DeclaredRow, Runs
-from bvpo.experiment import write_atomically
+from bvpo.experiment import Experiment, write_atomically
 from bvpo.keys import content_hash
 from bvpo.runs.plan import method_config, nested, seeds_of
 from bvpo.strict import UserError, did_you_mean, show, to_dict
 
-FILE = "declared.json"
-_SEEN = ("seed-*/*/*/*/scores", "seed-*/*/*/*/verdicts.jsonl")  # of any method's evaluation, finished or not
 Tuned = Mapping[str, Mapping[str, Any]]
 
 
@@ -83,7 +81,7 @@ def metric_named(config: ExperimentConfig, text: str, where: str) -> tuple[str, 
 def enter(config: ExperimentConfig, folder: Path, tuned: Tuned) -> None:
     """Writes down what is declared and was not before. An entry may change until something is evaluated, and never after."""
     declared, entered = declared_of(config), _read(folder)
-    nothing_seen = not any(True for pattern in _SEEN for _ in folder.glob(pattern))
+    nothing_seen = not any(True for pattern in Experiment.SEEN for _ in folder.glob(pattern))
     entries = dict(entered)
     for one in declared:
         now, before = _entry(config, one, tuned), entered.get(one.name)
@@ -92,7 +90,7 @@ def enter(config: ExperimentConfig, folder: Path, tuned: Tuned) -> None:
         elif before["what"] != now["what"]:  # the first entry stays, and this one counts beside it
             entries.setdefault(f"{one.name}: {now['what']}", {**now, "beforehand": False})
     if entries != entered:
-        write_atomically(folder / FILE, json.dumps(entries, indent=1) + "\n")
+        write_atomically(Experiment(folder).declared, json.dumps(entries, indent=1) + "\n")
 
 
 def rows_of(
@@ -134,7 +132,7 @@ def _what(one: Declared) -> str:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    path = folder / FILE
+    path = Experiment(folder).declared
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

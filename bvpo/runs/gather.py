@@ -26,7 +26,7 @@ from bvpo.evaluation.results import (
     with_one_lowest,
     with_sums,
 )
-from bvpo.experiment import RecordStore, read_manifest
+from bvpo.experiment import Experiment, read_manifest
 from bvpo.keys import hash_int
 from bvpo.records import Prompt, Sample
 from bvpo.runs.declaring import rows_of
@@ -106,7 +106,7 @@ def baseline_of(config: ExperimentConfig, folders: Folders) -> str:
     """The named baseline, else the first method that is trained."""
     if config.run.baseline or not config.run.methods:
         return config.run.baseline or config.name
-    trained = [name for name, by_seed in folders.items() if any((f / "train").is_dir() for f in by_seed.values())]
+    trained = [name for name, by_seed in folders.items() if any(Experiment(f).train.is_dir() for f in by_seed.values())]
     return next(iter(trained), next(iter(folders)))
 
 
@@ -114,8 +114,8 @@ def read_runs(by_seed: Mapping[str, Path]) -> Runs:
     """Seed -> benchmark -> verdicts, of what is finished."""
     runs: dict[str, dict[str, list[Verdict]]] = {}
     for seed, folder in by_seed.items():
-        files = sorted((folder / "eval").glob("*/verdicts.jsonl"))
-        found = {file.parent.name: list(read_jsonl(file, Verdict)) for file in files}
+        files = {name: place.verdicts for name, place in Experiment(folder).benchmarks().items()}
+        found = {name: list(read_jsonl(file, Verdict)) for name, file in files.items() if file.is_file()}
         if found:
             runs[seed] = found
     return runs
@@ -131,7 +131,7 @@ def _of_config(config: ExperimentConfig, runs: Runs) -> Runs:
 
 
 def _method_row(config: ExperimentConfig, name: str, by_seed: Mapping[str, Path], tuned: dict[str, Any]) -> MethodRow:
-    summaries = [_json(folder / "train" / "summary.json") for folder in by_seed.values()]
+    summaries = [_json(Experiment(folder).summary) for folder in by_seed.values()]
     summaries = [summary for summary in summaries if summary]
     return MethodRow(
         name=name,
@@ -148,14 +148,14 @@ def _method_row(config: ExperimentConfig, name: str, by_seed: Mapping[str, Path]
 def _logs(by_seed: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
     logs = {}
     for seed, folder in by_seed.items():
-        path = folder / "train" / "metrics.jsonl"
+        path = Experiment(folder).metrics
         if path.is_file():
             logs[seed] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     return logs
 
 
 def _held_out(by_seed: Mapping[str, Path]) -> dict[str, list[HeldOutPair]]:
-    files = {seed: folder / "train" / "held_out.jsonl" for seed, folder in by_seed.items()}
+    files = {seed: Experiment(folder).held_out for seed, folder in by_seed.items()}
     return {seed: list(read_jsonl(path, HeldOutPair)) for seed, path in files.items() if path.is_file()}
 
 
@@ -174,7 +174,7 @@ def _drops(folders: Sequence[Path]) -> dict[str, Any]:
         with_sums(totals["prompts"], stages.get("prompts", {}).get("counts", {}).get("dropped", {}))
         counts = stages.get("score", {}).get("counts", {})
         with_sums(totals["score"], {name: counts[name] for name in ("failed", "no_answer") if counts.get(name)})
-        for view, report in _json(folder / "pairing.json").get("views", {}).items():
+        for view, report in _json(Experiment(folder).pairing).get("views", {}).items():
             with_sums(totals[f"pair, {view} view"], report.get("prompts_dropped", {}))
     return totals
 
@@ -182,7 +182,7 @@ def _drops(folders: Sequence[Path]) -> dict[str, Any]:
 def _stochasticity(folders: Sequence[Path]) -> dict[str, Any]:
     """The analysis of the first seed that has one."""
     for folder in folders:
-        if found := _json(folder / "analysis.json"):
+        if found := _json(Experiment(folder).analysis):
             return {name: found[name] for name in ("settings", "counts", "paper", "comparisons", "notes")}
     return {}
 
@@ -212,12 +212,12 @@ def conversations(config: ExperimentConfig, methods: Sequence[str], num_prompts:
     """What the methods answered to the same few prompts of each benchmark, chosen by hash, on the first seed."""
     folders = method_folders(config)
     first = {name: next(iter(folders[name].values())) for name in methods}
-    for benchmark in sorted({path.parent.name for folder in first.values() for path in _prompt_files(folder)}):
-        places = {name: folder / "eval" / benchmark for name, folder in first.items()}
-        places = {name: place for name, place in places.items() if (place / "verdicts.jsonl").is_file()}
+    for benchmark in sorted({name for folder in first.values() for name in Experiment(folder).benchmarks()}):
+        places = {name: Experiment(folder).benchmark(benchmark) for name, folder in first.items()}
+        places = {name: place for name, place in places.items() if place.verdicts.is_file()}
         if not places:
             continue
-        prompts = list(read_jsonl(next(iter(places.values())) / "prompts.jsonl", Prompt))
+        prompts = next(iter(places.values())).prompts()
         chosen = sorted(prompts, key=lambda prompt: hash_int(prompt.id, "transcripts"))[:num_prompts]
         said = {name: _responses(place, {prompt.id for prompt in chosen}) for name, place in places.items()}
         for prompt in chosen:
@@ -225,22 +225,18 @@ def conversations(config: ExperimentConfig, methods: Sequence[str], num_prompts:
             yield Conversation(benchmark=benchmark, prompt=prompt, transcripts=tuple(found))
 
 
-def _prompt_files(folder: Path) -> list[Path]:
-    return list((folder / "eval").glob("*/prompts.jsonl"))
-
-
 _Said = dict[tuple[str, str], tuple[Sample, dict[str, Any]]]  # (prompt, mode) -> first sample and its values
 
 
-def _responses(place: Path, wanted: set[str]) -> _Said:
+def _responses(place: Experiment, wanted: set[str]) -> _Said:
     values = {
         (verdict.prompt_id, verdict.mode): verdict.values
-        for verdict in read_jsonl(place / "verdicts.jsonl", Verdict)
+        for verdict in read_jsonl(place.verdicts, Verdict)
         if verdict.index == 0 and verdict.prompt_id in wanted
     }
     modes = {view: mode for mode, view in MODE_VIEWS.items()}
     found: _Said = {}
-    for sample in RecordStore(place / "samples", Sample):
+    for sample in place.samples():
         key = (sample.prompt_id, modes[sample.view])
         if sample.index == 0 and sample.prompt_id in wanted:
             found[key] = (sample, values.get(key, {}))

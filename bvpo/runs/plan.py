@@ -16,6 +16,7 @@ from typing import Any
 
 from bvpo.config import ExperimentConfig, validate
 from bvpo.config.layers import Layer, build, checked_table
+from bvpo.experiment import Experiment
 from bvpo.strict import FieldError, UserError, did_you_mean, show, to_dict
 from bvpo.verbs import VERBS
 
@@ -40,7 +41,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        return Path(self.config.root) / self.config.name
+        return self.config.folder
 
 
 def plan(config: ExperimentConfig, tuned: Mapping[str, Mapping[str, Any]] | None = None) -> list[Job]:
@@ -108,7 +109,7 @@ def _shared_jobs(config: ExperimentConfig) -> Iterator[Job]:
 
 
 def home(config: ExperimentConfig) -> Path:
-    return Path(config.root) / config.name
+    return config.folder
 
 
 def data_job(config: ExperimentConfig, seed: int, after: tuple[str, ...]) -> Job:
@@ -129,10 +130,11 @@ def method_job(
     if own.evaluate.model:  # something that is there already
         verbs = tuple(verb for verb in verbs if verb != "train")
     if not own.train.reference_cache:
-        train = dataclasses.replace(own.train, reference_cache=str(data.folder / "reference"))
+        train = dataclasses.replace(own.train, reference_cache=str(Experiment(data.folder).reference))
         own = dataclasses.replace(own, train=train)
     if not (own.data.quads or own.data.trace or own.data.empty):
-        own = dataclasses.replace(own, data=dataclasses.replace(own.data, quads=str(data.folder / "quads.jsonl")))
+        quads = str(Experiment(data.folder).quads())
+        own = dataclasses.replace(own, data=dataclasses.replace(own.data, quads=quads))
     return Job(name=f"seed-{seed}/{folder or name}", config=own, verbs=verbs, after=(data.name,), inherits=data.folder)
 
 

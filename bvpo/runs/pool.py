@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from bvpo.command import StageOptions
+from bvpo.experiment import Experiment
 from bvpo.files import make_folder
 from bvpo.runs.plan import Job
 from bvpo.runs.stamps import Stamps
 from bvpo.strict import OtherSettings, UserError
 from bvpo.verbs import run_stage
 
-LOG = "log.txt"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -71,7 +71,7 @@ def run_job(job: Job, options: StageOptions, tell: Callable[[Event], None]) -> N
 def _inherit_prompts(job: Job) -> None:
     """The prompts that the job's evaluation may ask for; copied once, because a run may be interrupted anywhere."""
     assert job.inherits is not None
-    source, target = job.inherits / "prompts.jsonl", job.folder / "prompts.jsonl"
+    source, target = Experiment(job.inherits).prompts_file, Experiment(job.folder).prompts_file
     if source.is_file() and not target.is_file():
         make_folder(job.folder)
         partial = target.with_suffix(".partial")
@@ -214,14 +214,16 @@ def _work(pipe: Connection, options: StageOptions) -> None:
 
 def _guarded(job: Job, options: StageOptions, tell: Callable[[Any], None]) -> Event:
     try:
-        with _messages_to(job.folder / LOG):
+        with _messages_to(Experiment(job.folder).log):
             run_job(job, options, tell)
     except UserError as error:
         return Event(job=job.name, kind="fail", text=str(error), refused=isinstance(error, OtherSettings))
     except SystemExit as error:
         return Event(job=job.name, kind="fail", text=f"exit {error.code}")
     except Exception as error:
-        return Event(job=job.name, kind="fail", text=f"{type(error).__name__}: {error}; see {job.folder / LOG}")
+        return Event(
+            job=job.name, kind="fail", text=f"{type(error).__name__}: {error}; see {Experiment(job.folder).log}"
+        )
     return Event(job=job.name, kind="end")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bvpo.experiment import read_manifest
+from bvpo.experiment import Experiment
 from bvpo.runs.plan import DATA_FOLDER
 
 
@@ -26,9 +26,9 @@ class MethodProgress:
 def method_progress(folder: Path) -> list[MethodProgress]:
     """Data first, then methods by name; nothing where the folder is no comparison."""
     found: dict[str, list[set[str]]] = {}
-    for manifest in sorted(folder.glob("seed-*/*/manifest.json")):
-        stages = read_manifest(manifest.parent).stages
-        found.setdefault(manifest.parent.name, []).append({name for name, one in stages.items() if one.get("finished")})
+    for one in Experiment(folder).members():
+        finished = {name.partition(" ")[0] for name, entry in one.manifest().stages.items() if entry.get("finished")}
+        found.setdefault(one.folder.name, []).append(finished)
     return [
         MethodProgress(
             name=name,

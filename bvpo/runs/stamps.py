@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from bvpo.config import ExperimentConfig
-from bvpo.experiment import read_manifest, write_atomically
+from bvpo.experiment import Experiment, write_atomically
 from bvpo.keys import content_hash
 from bvpo.strict import to_dict
 from bvpo.verbs import READERS
 
-FILE = "run.json"
 _UNRECORDED = ("tiny", *READERS)  # verbs without an entry in the manifest; the model itself is part of the stamp
 _SMALL = 64 * 2**20  # bytes of weights that are read to tell two models apart; of larger ones the sizes must do
 
@@ -26,23 +25,23 @@ class Stamps:
     """The finished verbs of one folder, and the settings and model they were finished with."""
 
     def __init__(self, config: ExperimentConfig, limit: int | None = None) -> None:
-        self.folder = Path(config.root) / config.name
+        self._experiment = Experiment.of(config)
         settings = {k: v for k, v in to_dict(config).items() if k not in ("run", "name", "root")}
         self._settings = {"settings": settings, "limit": limit}
         self._model = Path(config.model.path)
 
     def is_done(self, verb: str) -> bool:
         """Whether the verb finished here under these very settings, and its stage still says so."""
-        entry = read_manifest(self.folder).stage(verb)
+        entry = self._experiment.stage(self._experiment.evaluate_stage if verb == "evaluate" else verb)
         finished = verb in _UNRECORDED or (entry is not None and entry.finished is not None)
         return finished and self._read().get(verb) == self._stamp()
 
     def mark(self, verb: str) -> None:
-        write_atomically(self.folder / FILE, json.dumps({**self._read(), verb: self._stamp()}, indent=1) + "\n")
+        write_atomically(self._experiment.stamps, json.dumps({**self._read(), verb: self._stamp()}, indent=1) + "\n")
 
     def _read(self) -> dict[str, Any]:
         try:
-            found = json.loads((self.folder / FILE).read_text(encoding="utf-8"))
+            found = json.loads((self._experiment.stamps).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}

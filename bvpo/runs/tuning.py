@@ -17,12 +17,13 @@ from typing import Any
 from bvpo.config import ExperimentConfig
 from bvpo.config.layers import read_tables
 from bvpo.config.toml import toml_value
+from bvpo.experiment import Experiment
 from bvpo.runs.declaring import metric_named
 from bvpo.runs.plan import Job, check_run, data_job, grid_cells, home, method_job, plan, with_settings
 from bvpo.strict import UserError, parse_json
 
-TUNING, TUNED = "tuning", "tuned.json"
-"""Folder of the tuning runs, and the file in which an experiment keeps the values that it ran with."""
+TUNING = "tuning"
+"""Folder of the tuning runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,7 @@ def objective(folder: Path, names: Sequence[str]) -> float:
     values = []
     for name in names:
         benchmark, mode, metric = name.split("/")
-        path = folder / "eval" / benchmark / f"{mode}.json"
+        path = Experiment(folder).benchmark(benchmark).mode_result(mode)
         try:
             values.append(float(json.loads(path.read_text(encoding="utf-8"))["metrics"][metric]["estimate"]["value"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -163,7 +164,7 @@ def _key(name: str) -> str:
 
 def kept_tuned(folder: Path) -> dict[str, dict[str, Any]]:
     """The values that the experiment in ``folder`` ran with, whatever became of run.tune.file since."""
-    path = folder / TUNED
+    path = Experiment(folder).tuned
     if not path.is_file():
         return {}
     found = parse_json(path.read_text(encoding="utf-8"), str(path))

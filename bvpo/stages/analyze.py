@@ -21,13 +21,13 @@ import numpy as np
 from bvpo.command import PlainParser, ReaderParser, parse_reader, whole_number
 from bvpo.config import load_config
 from bvpo.evaluation.viewstats import Columns, Comparison, Measures, Settings, compare_views
-from bvpo.experiment import RecordStore, read_manifest, write_atomically
+from bvpo.experiment import Experiment, RecordStore, write_atomically
 from bvpo.formats import ReasoningFormat, answer_offset, resolve_format
-from bvpo.records import VIEWS, Prompt, Sample, View
+from bvpo.records import VIEWS, Sample, View
 from bvpo.report.charts import Chart, Curve, Point, curve_chart, dot_chart
 from bvpo.report.pages import render_page
 from bvpo.stats import Interval
-from bvpo.strict import UserError, read_jsonl
+from bvpo.strict import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +75,13 @@ def main(argv: Sequence[str]) -> int | None:
         "--seed", type=whole_number(0), default=0, metavar="N", help="seed of the bootstrap (default 0)"
     )
     folder, options = parse_reader(parser, argv)
+    experiment = Experiment(folder)
     settings = Settings(num_resamples=options.resamples, seed=options.seed)
-    analysis = analyze(folder, settings, options.limit)
+    analysis = analyze(experiment, settings, options.limit)
     sys.stdout.write(text_table(analysis))
     if options.limit is None:
-        write(folder, analysis)
-        logger.info("written to %s and analysis.html", folder / "analysis.json")
+        write(experiment, analysis)
+        logger.info("written to %s and %s", experiment.analysis, experiment.analysis_page.name)
     return None
 
 
@@ -103,7 +104,7 @@ def _gradients(argv: Sequence[str]) -> None:
     from bvpo.training.probe.analysis import Request, report
 
     as_json, _ = options.pop("json"), options.pop("debug")
-    sampled = read_manifest(Path(options["quads"]).parent).stage("sample")
+    sampled = Experiment(Path(options["quads"]).parent).stage("sample")
     request = Request(
         num_resamples=options.pop("resamples"), sampling=sampled.config.get("sample", {}) if sampled else {}, **options
     )
@@ -135,16 +136,17 @@ class Analysis:
     notes: list[str] = field(default_factory=list)
 
 
-def analyze(folder: Path, settings: Settings, limit: int | None = None) -> Analysis:
+def analyze(experiment: Experiment, settings: Settings, limit: int | None = None) -> Analysis:
     """The measurements of one experiment."""
-    store = RecordStore(folder / "samples", Sample)
+    experiment.require_whole()
+    store = experiment.samples()
     if not len(store):
-        raise UserError(f"{folder / 'samples'}: no samples to analyze; sample first")
+        raise UserError(f"{store.folder}: no samples to analyze; sample first")
     notes: list[str] = []
-    tools = _tools(folder, notes)
-    columns = measure(store, tools, _first_prompts(folder, limit))
+    tools = _tools(experiment, notes)
+    columns = measure(store, tools, _first_prompts(experiment, limit))
     if not len(columns.prompt):
-        raise UserError(f"{folder / 'samples'}: no sample belongs to the first {limit} prompts")
+        raise UserError(f"{store.folder}: no sample belongs to the first {limit} prompts")
     for view in VIEWS:
         if not columns.of(view).any():
             notes.append(f"There are no samples of the {view} view, so nothing is compared with it.")
@@ -155,22 +157,22 @@ def analyze(folder: Path, settings: Settings, limit: int | None = None) -> Analy
             "log-probability are lower bounds of what the model would have written."
         )
     return Analysis(
-        experiment=folder.resolve().name,
+        experiment=experiment.folder.resolve().name,
         settings=settings,
         comparisons=compare_views(columns, settings),
         counts=counts,
         lengths={view: np.sort(columns.tokens[columns.of(view)]) for view in VIEWS},
-        facts=_facts(folder, counts),
+        facts=_facts(experiment, counts),
         notes=notes,
     )
 
 
-def _tools(folder: Path, notes: list[str]) -> tuple[Any, ReasoningFormat] | None:
+def _tools(experiment: Experiment, notes: list[str]) -> tuple[Any, ReasoningFormat] | None:
     """Tokenizer and format, to find where answers begin; without them, Table 5 is left out and a note says so."""
     from transformers import AutoTokenizer
 
     try:
-        model = load_config(folder / "config.toml").model
+        model = load_config(experiment.config_file).model
         path = model.tokenizer or model.path
         revision = model.revision if path == model.path else None
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=model.trust_remote_code)
@@ -181,11 +183,8 @@ def _tools(folder: Path, notes: list[str]) -> tuple[Any, ReasoningFormat] | None
         return None
 
 
-def _first_prompts(folder: Path, limit: int | None) -> set[str] | None:
-    if limit is None:
-        return None
-    prompts = read_jsonl(folder / "prompts.jsonl", Prompt)
-    return {prompt.id for prompt, _ in zip(prompts, range(limit), strict=False)}
+def _first_prompts(experiment: Experiment, limit: int | None) -> set[str] | None:
+    return None if limit is None else {prompt.id for prompt in experiment.prompts(limit)}
 
 
 def measure(
@@ -231,9 +230,9 @@ def _counts(columns: Columns, view: View) -> dict[str, int]:
     }
 
 
-def _facts(folder: Path, counts: dict[View, dict[str, int]]) -> list[tuple[str, str]]:
+def _facts(experiment: Experiment, counts: dict[View, dict[str, int]]) -> list[tuple[str, str]]:
     facts = [(f"{view} view", ", ".join(f"{num:,} {name}" for name, num in counts[view].items())) for view in VIEWS]
-    entry = read_manifest(folder).stage("sample")
+    entry = experiment.stage("sample")
     if entry is not None:
         sample, engine = entry.config.get("sample", {}), entry.fingerprints.get("engine", {})
         asked = ("temperature", "top_p", "top_k", "max_new_tokens")
@@ -315,7 +314,17 @@ def text_table(analysis: Analysis) -> str:
 # files
 
 
-def write(folder: Path, analysis: Analysis) -> None:
+def rounded(value: Any) -> Any:
+    """Numbers to the four digits that are shown: further ones move with the batches that samples were drawn in, which a
+    killed run changes."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def write(experiment: Experiment, analysis: Analysis) -> None:
     data = {
         "experiment": analysis.experiment,
         "settings": asdict(analysis.settings),
@@ -323,10 +332,10 @@ def write(folder: Path, analysis: Analysis) -> None:
         "facts": dict(analysis.facts),
         "notes": analysis.notes,
         "paper": PAPER,
-        "comparisons": [asdict(one) for one in analysis.comparisons],
+        "comparisons": rounded([asdict(one) for one in analysis.comparisons]),
     }
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(folder / "analysis.json", text + "\n")
+    write_atomically(experiment.analysis, text + "\n")
     page = render_page(
         "analysis.html",
         experiment=analysis.experiment,
@@ -337,7 +346,7 @@ def write(folder: Path, analysis: Analysis) -> None:
         charts=list(_charts(analysis)),
         definitions=_DEFINITIONS,
     )
-    write_atomically(folder / "analysis.html", page)
+    write_atomically(experiment.analysis_page, page)
 
 
 _DEFINITIONS = (

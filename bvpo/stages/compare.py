@@ -32,8 +32,7 @@ from bvpo.evaluation.metrics import (
     share_lowest,
 )
 from bvpo.evaluation.results import Runs, with_one_lowest
-from bvpo.experiment import differences, write_atomically
-from bvpo.records import Prompt
+from bvpo.experiment import Experiment, differences, write_atomically
 from bvpo.report.compare import Told, of_evaluations, of_methods, page_values, text_lines
 from bvpo.report.pages import render_page
 from bvpo.runs.gather import read_runs
@@ -46,7 +45,7 @@ ABOUT = (
     "benchmark, mode and metric, with intervals. A and B are experiments, or folders of their evaluations. Changes nothing "
     "in them."
 )
-RESULTS, VERDICTS, PAGE = "results.json", "verdicts.jsonl", "compare.html"
+PAGE = "compare.html"
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -147,15 +146,17 @@ Side = Evaluation | Comparison
 
 
 def read_side(folder: Path) -> Side:
-    """The evaluation in a folder or in its folder eval, or the comparison in a folder."""
-    for place in (folder, folder / "eval"):
-        data = _read(place / RESULTS)
+    """The evaluation in a folder or in its folder of one, or the comparison in a folder."""
+    for place in (folder, Experiment(folder).evaluation):
+        data = _read(Experiment(place).results)
         if data.get("kind") == "evaluation":
             return _evaluation_in(place, data)
         if "methods" in data and any(folder.glob("seed-*")):
             return _comparison(folder, data)
-    if any(folder.glob("seed-*/*/eval")):
-        raise UserError(f"{folder}: a comparison without {RESULTS}; bvpo report {folder} writes it")
+    if any(any(folder.glob(pattern)) for pattern in Experiment.SEEN):
+        raise UserError(
+            f"{folder}: a comparison without {Experiment(folder).results.name}; bvpo report {folder} writes it"
+        )
     raise UserError(f"{folder}: no evaluation in it; run bvpo evaluate first, or name the folder of an evaluation")
 
 
@@ -168,7 +169,7 @@ _FACTS = ("metrics", "scorers", "sampling", "format", "without_answer", "version
 
 
 def _evaluation_in(folder: Path, data: Mapping[str, Any]) -> Evaluation:
-    path = folder / RESULTS
+    path = Experiment(folder).results
     _require_fields(path, "", data, "benchmarks")
     for name, modes in data["benchmarks"].items():
         for mode in MODES:
@@ -184,15 +185,19 @@ def _require_fields(path: Path, where: str, table: Mapping[str, Any], *names: st
 
 def _comparison(folder: Path, data: Mapping[str, Any]) -> Comparison:
     """By its own folder, wherever that lies now."""
-    _require_fields(folder / RESULTS, "", data, "methods", "seeds", "versions")
+    _require_fields(Experiment(folder).results, "", data, "methods", "seeds", "versions")
     methods: dict[str, dict[str, Path]] = {}
     for name in (row["name"] for row in data["methods"]):
         places = {str(seed): folder / f"seed-{seed}" / name for seed in data["seeds"]}
-        if there := {seed: place for seed, place in places.items() if (place / "eval" / RESULTS).is_file()}:
+        if there := {seed: place for seed, place in places.items() if _has_results(place)}:
             methods[name] = there
     if not methods:
         raise UserError(f"{folder}: none of its methods has an evaluation")
     return Comparison(folder=folder, methods=methods, versions=data["versions"])
+
+
+def _has_results(folder: Path) -> bool:
+    return Experiment(Experiment(folder).evaluation).results.is_file()
 
 
 def _version_notes(a: Side, b: Side) -> list[str]:
@@ -225,7 +230,7 @@ def _names(one: Evaluation) -> str:
 def _compare_benchmark(a: Evaluation, b: Evaluation, name: str) -> Iterator[EvaluationRow]:
     if not num_same_prompts(a.folder / name, b.folder / name):
         raise UserError(f"{a.folder / name} and {b.folder / name} have no prompt in common, so nothing can be paired")
-    verdicts = share_lowest([list(read_jsonl(one.folder / name / VERDICTS, Verdict)) for one in (a, b)])
+    verdicts = share_lowest([list(read_jsonl(Experiment(one.folder / name).verdicts, Verdict)) for one in (a, b)])
     for mode, notes in check_making(a, b, name).items():
         ours, theirs = (one.benchmarks[name][mode]["metrics"] for one in (a, b))
         for metric in (metric for metric in ours if metric in theirs):
@@ -341,7 +346,7 @@ _PLACES = ("name", "root", "run")
 
 def _settings(*folders: Path) -> list[dict[str, Any]]:
     """Of each method, what decides its model: where it lies does not, and nothing of training where one is not trained."""
-    found = [_config(folder / "config.toml") for folder in folders]
+    found = [_config(Experiment(folder).config_file) for folder in folders]
     untrained = any(config.get("evaluate", {}).get("model") for config in found)
     for config in found:
         for name in (*_PLACES, *(_TRAINING if untrained else ())):
@@ -368,7 +373,7 @@ def _config(path: Path) -> dict[str, Any]:
 def num_same_prompts(ours: Path, theirs: Path) -> int:
     """How many prompts both benchmarks have. The same id must mean the same conversation and metadata, or differences
     would be between prompts."""
-    found = [{prompt.id: prompt for prompt in read_jsonl(path / "prompts.jsonl", Prompt)} for path in (ours, theirs)]
+    found = [{prompt.id: prompt for prompt in Experiment(path).prompts()} for path in (ours, theirs)]
     common = [id for id in found[0] if id in found[1]]
     for id in common:
         one, other = (prompts[id] for prompts in found)

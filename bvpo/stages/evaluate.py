@@ -20,7 +20,7 @@ from typing import Any
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, ModelConfig, benchmarks_of, dump_toml
 from bvpo.data.overview import LastScore, last_scores
-from bvpo.data.scores import answer_text, score_key, scorer_id
+from bvpo.data.scores import answer_text
 from bvpo.data.sources import fingerprint_file
 from bvpo.evaluation.benchmarks import Benchmark, evaluated_model, prepare, whole_model
 from bvpo.evaluation.metrics import (
@@ -35,17 +35,13 @@ from bvpo.evaluation.metrics import (
     summarize,
 )
 from bvpo.experiment import (
-    RecordStore,
-    begin_stage,
-    finish_stage,
-    forget_stage,
-    read_manifest,
+    Experiment,
     versions,
     write_atomically,
 )
 from bvpo.files import disk_errors, make_folder
 from bvpo.formats import answer_offset, resolve_format
-from bvpo.records import Prompt, Sample, Score, View
+from bvpo.records import Prompt, View
 from bvpo.report.tables import evaluation_table
 from bvpo.scorers.base import ScoreItem
 from bvpo.scorers.function import FunctionScorer
@@ -60,7 +56,6 @@ ABOUT = (
     f"Goes on where it stopped when run again. {RESCORE} scores the samples anew after the scorer was changed."
 )
 SCHEMA = 1
-RESULTS, VERDICTS = "results.json", "verdicts.jsonl"
 _WEIGHTS = ("model", "revision", "content", "parameters")  # of an engine's fingerprint: what names the weights
 
 
@@ -76,31 +71,32 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
         raise UserError(
             "evaluate.benchmarks: nothing to evaluate on; describe one in a table [evaluate.benchmarks.NAME]"
         )
-    folder = Path(config.root) / config.name
-    model = whole_model(evaluated_model(config), folder / settings.folder / "merged-model", options)
+    experiment = Experiment.of(config)
+    model = whole_model(evaluated_model(config), experiment.evaluation / "merged-model", options)
     benchmarks = [prepare(config, model, name, own) for name, own in benchmarks_of(settings).items()]
     if options.dry_run:
         for benchmark in benchmarks:
             estimate(benchmark, options)
         logger.info("dry run: nothing was evaluated")
         return
-    stage = "evaluate" if settings.folder == "eval" else f"evaluate {settings.folder}"
     for benchmark in benchmarks:
         require_prompts(benchmark)
     for benchmark in benchmarks:
         draw(benchmark, options)
-    make_folder(folder)
-    forget_stage(folder, stage)  # results are made anew; samples and scores keep their own entries
-    begin_stage(folder, stage, config={"evaluate": to_dict(settings), "model": model.path, "seed": config.seed})
-    write_atomically(folder / "config.toml", dump_toml(config))
+    make_folder(experiment.folder)
+    stage = experiment.evaluate_stage
+    experiment.forget(stage)  # results are made anew; samples and scores keep their own entries
+    experiment.begin(stage, config={"evaluate": to_dict(settings), "model": model.path, "seed": config.seed})
+    experiment.write_config(dump_toml(config))
     results = {benchmark.name: judge(benchmark, options.limit) for benchmark in benchmarks}
-    _write_json(folder / settings.folder / RESULTS, {"kind": "evaluation", "schema": SCHEMA, "benchmarks": results})
+    written = Experiment(experiment.evaluation).results
+    _write_json(written, {"kind": "evaluation", "schema": SCHEMA, "benchmarks": results})
     if options.limit is None:
         counts = {name: {mode: one["num_samples"] for mode, one in modes.items()} for name, modes in results.items()}
-        finish_stage(folder, stage, counts=counts)
+        experiment.finish(stage, counts=counts)
     for line in evaluation_table(results):
         logger.info("%s", line)
-    logger.info("written to %s", folder / settings.folder / RESULTS)
+    logger.info("written to %s", written)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,11 +105,11 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
 
 def require_prompts(benchmark: Benchmark) -> None:
     """Writes the benchmark's prompts; refuses to when there are samples of others."""
-    path = benchmark.folder / "prompts.jsonl"
+    path = benchmark.experiment.prompts_file
     prompts = "".join(to_json(prompt) + "\n" for prompt in benchmark.read.prompts)
     if path.is_file() and path.read_text(encoding="utf-8") == prompts:
         return
-    if read_manifest(benchmark.folder).stage("sample") is not None:
+    if benchmark.experiment.stage("sample") is not None:
         raise OtherSettings(
             f"{path}: the benchmark's prompts are others now, and samples of the old ones are there; {_anew(benchmark)}"
         )
@@ -127,7 +123,7 @@ def draw(benchmark: Benchmark, options: StageOptions) -> None:
     logger.info("evaluate     %s: %s", benchmark.name, _about(benchmark))
     _drive("sample", benchmark, options, _anew(benchmark))
     if options.rescore:
-        forget_stage(benchmark.folder, "score")  # scores of the earlier scorer stay in the store, under its name
+        benchmark.experiment.forget("score")  # scores of the earlier scorer stay in the store, under its name
     _drive("score", benchmark, options, f"{RESCORE} scores the same samples with the scorer as it is now")
 
 
@@ -146,12 +142,12 @@ def _drive(verb: str, benchmark: Benchmark, options: StageOptions, way_out: str)
 def estimate(benchmark: Benchmark, options: StageOptions) -> None:
     """What sampling would take; the folder of the benchmark is left as it is."""
     logger.info("evaluate     %s: %s", benchmark.name, _about(benchmark))
-    if (benchmark.folder / "prompts.jsonl").is_file():
+    if benchmark.experiment.prompts_file.is_file():
         run_stage("sample", benchmark.config, options)
         return
     with tempfile.TemporaryDirectory() as root:
         aside = replace(benchmark, config=replace(benchmark.config, root=root))
-        write_jsonl(aside.folder / "prompts.jsonl", benchmark.read.prompts)
+        write_jsonl(aside.experiment.prompts_file, benchmark.read.prompts)
         run_stage("sample", aside.config, options)
 
 
@@ -173,12 +169,12 @@ def judge(benchmark: Benchmark, limit: int | None) -> dict[str, Any]:
     """Writes the verdicts and the result of each mode, and returns mode -> result."""
     (verdicts,) = share_lowest([list(make_verdicts(benchmark, benchmark.read.prompts[:limit]))])
     with disk_errors(benchmark.folder, "writing verdicts"):
-        write_jsonl(benchmark.folder / VERDICTS, verdicts)
+        write_jsonl(benchmark.experiment.verdicts, verdicts)
     facts = _facts(benchmark, limit)
     _warn_of_rewarded_silence(benchmark, verdicts)
     results = {}
     for mode in MODE_TITLES:
-        path = benchmark.folder / f"{mode}.json"
+        path = benchmark.experiment.mode_result(mode)
         if mode not in benchmark.modes:
             path.unlink(missing_ok=True)  # of an earlier evaluation with more modes
             continue
@@ -190,7 +186,7 @@ def judge(benchmark: Benchmark, limit: int | None) -> dict[str, Any]:
 def make_verdicts(benchmark: Benchmark, prompts: Sequence[Prompt]) -> Iterator[Verdict]:
     """One per sample that was asked for and drawn, or that could not be drawn; by prompt, mode and index."""
     rows = _read_samples(benchmark)
-    scores = _read_scores(benchmark.folder)
+    scores = _read_scores(benchmark.experiment)
     trace_tokens = _TraceTokens(benchmark.config.model)
     more = {metric: _judge_more(scorer, prompts, rows) for metric, scorer in benchmark.more.items()}
     scored = [metric for metric in benchmark.metrics if benchmark.without_answer(metric) == "scored"]
@@ -212,20 +208,16 @@ def _read_samples(benchmark: Benchmark) -> dict[tuple[str, View, int], dict[str,
     """(prompt, view, index) -> the fields of a sample that verdicts need; a failed one where none was drawn."""
     names = ("key", "prompt_id", "view", "index", "token_ids", "answer", "finish", "error")
     found: dict[tuple[str, View, int], dict[str, Any]] = {}
-    for place in ("samples", "samples/failed"):
-        for row in RecordStore(benchmark.folder / place, Sample).columns(*names):
+    for store in (benchmark.experiment.samples(), benchmark.experiment.failed()):
+        for row in store.columns(*names):
             found.setdefault((row["prompt_id"], row["view"], row["index"]), row)
     return found
 
 
-def _read_scores(folder: Path) -> dict[str, LastScore]:
-    entry = read_manifest(folder).stage("score")
-    assert entry is not None, f"{folder} was never scored"
-    scorer = scorer_id(entry.config["scorer"], entry.fingerprints["scorer"])
-    rows = RecordStore(folder / "scores", Score, key=score_key).columns(
-        "sample_key", "scorer", "value", "error", "extra"
-    )
-    return last_scores(rows, scorer)
+def _read_scores(experiment: Experiment) -> dict[str, LastScore]:
+    scorer = experiment.scorer()
+    assert scorer is not None, f"{experiment.folder} was never scored"
+    return last_scores(experiment.scores().columns("sample_key", "scorer", "value", "error", "extra"), scorer)
 
 
 def _judge_more(
@@ -346,7 +338,7 @@ def _result(benchmark: Benchmark, summary: ModeResult) -> dict[str, Any]:
 
 def _facts(benchmark: Benchmark, limit: int | None) -> dict[str, Any]:
     """What the numbers depend on; nothing that differs between two runs of the same command."""
-    manifest = read_manifest(benchmark.folder)
+    manifest = benchmark.experiment.manifest()
     sample, score = manifest.stage("sample"), manifest.stage("score")
     assert sample is not None and score is not None
     engine = sample.fingerprints["engine"]
@@ -354,7 +346,7 @@ def _facts(benchmark: Benchmark, limit: int | None) -> dict[str, Any]:
     return {
         "model": {"path": benchmark.config.model.path, **{key: engine[key] for key in _WEIGHTS if key in engine}},
         "source": benchmark.settings.source,
-        "prompts": fingerprint_file(benchmark.folder / "prompts.jsonl"),
+        "prompts": fingerprint_file(benchmark.experiment.prompts_file),
         "asked_prompts": len(benchmark.read.prompts[:limit]),
         "repeated_prompts": benchmark.read.repeated,
         "trained_on_prompts": benchmark.read.trained_on,

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bvpo.command import ReaderParser, parse_reader, whole_number
-from bvpo.data.overview import SORTS, LastScore, PromptNote, Role, SampleNote, choose_within, last_scores
-from bvpo.data.scores import score_key, scorer_id
-from bvpo.experiment import RecordStore, read_manifest, write_atomically
-from bvpo.records import VIEWS, Pair, Prompt, Quad, Sample, Score, View
+from bvpo.data.overview import SORTS, PromptNote, Role, SampleNote, choose_within, last_scores
+from bvpo.experiment import Experiment, RecordStore, write_atomically
+from bvpo.records import VIEWS, Pair, Prompt, Quad, Sample, View
 from bvpo.report.pages import clip, render_page
 from bvpo.report.terminal import Terminal, head
 from bvpo.strict import UserError, did_you_mean, read_jsonl
@@ -34,7 +33,7 @@ _ESCAPED = 1.1  # escaping makes texts longer
 
 def main(argv: Sequence[str]) -> int | None:
     folder, options = parse_reader(_parser(), argv)
-    experiment = open_experiment(folder)
+    experiment = open_experiment(Experiment(folder))
     terminal = Terminal.of(sys.stdout)
     if options.html:
         write_page(experiment, Path(options.html), budget=int(options.max_mb * 1e6), only=options.prompt)
@@ -73,7 +72,7 @@ def _print(lines: Iterator[str]) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Experiment:
+class Opened:
     """What there is, without the texts of samples. ``paired`` says whether pairs were chosen."""
 
     folder: Path
@@ -84,16 +83,13 @@ class Experiment:
     paired: bool
 
 
-def open_experiment(folder: Path) -> Experiment:
+def open_experiment(experiment: Experiment) -> Opened:
     """Everything but the texts; a folder without prompts has nothing to show."""
-    path = folder / "prompts.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; there is nothing to inspect yet")
-    prompts = {prompt.id: prompt for prompt in read_jsonl(path, Prompt)}
+    prompts = {prompt.id: prompt for prompt in experiment.prompts(missing="there is nothing to inspect yet")}
     notes = {id: PromptNote(prompt_id=id, text=prompt.messages[-1].content) for id, prompt in prompts.items()}
-    samples = RecordStore(folder / "samples", Sample)
-    scorer, scores = _scores(folder)
-    roles, paired = _pairs(folder, notes)
+    samples, scorer = experiment.samples(), experiment.scorer()
+    scores = last_scores(experiment.scores().columns("sample_key", "scorer", "value", "error", "extra"), scorer)
+    roles, paired = _pairs(experiment, notes)
     names = ("key", "prompt_id", "view", "index", "token_ids", "text", "finish", "answer", "error")
     for row in samples.columns(*names):
         note = notes.get(row["prompt_id"])
@@ -112,22 +108,13 @@ def open_experiment(folder: Path) -> Experiment:
                 role=roles.get(row["key"]),
             )
         )
-    return Experiment(folder=folder, prompts=prompts, notes=notes, samples=samples, scorer=scorer, paired=paired)
+    return Opened(folder=experiment.folder, prompts=prompts, notes=notes, samples=samples, scorer=scorer, paired=paired)
 
 
-def _scores(folder: Path) -> tuple[str | None, dict[str, LastScore]]:
-    entry = read_manifest(folder).stage("score")
-    store = RecordStore(folder / "scores", Score, key=score_key)
-    scorer = None
-    if entry is not None:
-        scorer = scorer_id(entry.config.get("scorer", ""), entry.fingerprints.get("scorer", {}))
-    return scorer, last_scores(store.columns("sample_key", "scorer", "value", "error", "extra"), scorer)
-
-
-def _pairs(folder: Path, notes: dict[str, PromptNote]) -> tuple[dict[str, Role], bool]:
+def _pairs(experiment: Experiment, notes: dict[str, PromptNote]) -> tuple[dict[str, Role], bool]:
     """Sample key -> its part in a pair, and whether there are pairs at all; fills the notes' margins."""
     roles: dict[str, Role] = {}
-    files = sorted(folder.glob("quads*.jsonl"))
+    files = experiment.quads_files()
     for path in files:
         for quad in read_jsonl(path, Quad):
             # a prompt's second quad is named ID-2; its samples know their prompt anyway
@@ -148,7 +135,7 @@ def _note_pair(pair: Pair, note: PromptNote | None, roles: dict[str, Role]) -> N
         note.margins[pair.view] = min(margin, note.margins.get(pair.view, margin))
 
 
-def find_prompt(experiment: Experiment, text: str) -> PromptNote:
+def find_prompt(experiment: Opened, text: str) -> PromptNote:
     """The prompt of this id, or the only one whose id begins so."""
     if text in experiment.notes:
         return experiment.notes[text]
@@ -160,12 +147,12 @@ def find_prompt(experiment: Experiment, text: str) -> PromptNote:
     return experiment.notes[found[0]]
 
 
-def _suggest(text: str, experiment: Experiment) -> str:
+def _suggest(text: str, experiment: Opened) -> str:
     ids = list(experiment.notes)
     return did_you_mean(text, ids) if len(ids) <= 20 else "; bvpo inspect without an id lists them"
 
 
-def read_samples(experiment: Experiment, notes: Sequence[PromptNote]) -> dict[str, Sample]:
+def read_samples(experiment: Opened, notes: Sequence[PromptNote]) -> dict[str, Sample]:
     keys = [sample.key for note in notes for sample in note.samples]
     return {sample.key: sample for sample in experiment.samples.iter(only=keys)}
 
@@ -174,7 +161,7 @@ def read_samples(experiment: Experiment, notes: Sequence[PromptNote]) -> dict[st
 # in the terminal
 
 
-def list_lines(experiment: Experiment, terminal: Terminal, sort: str, limit: int) -> Iterator[str]:
+def list_lines(experiment: Opened, terminal: Terminal, sort: str, limit: int) -> Iterator[str]:
     """One line per prompt."""
     notes = list(experiment.notes.values())
     if sort != "file":
@@ -194,7 +181,7 @@ def list_lines(experiment: Experiment, terminal: Terminal, sort: str, limit: int
         yield terminal.paint(f"({len(notes) - len(shown):,} more; --limit, --sort and --html show others)", "dim")
 
 
-def prompt_lines(experiment: Experiment, terminal: Terminal, note: PromptNote, views: Sequence[View]) -> Iterator[str]:
+def prompt_lines(experiment: Opened, terminal: Terminal, note: PromptNote, views: Sequence[View]) -> Iterator[str]:
     """A prompt, its samples view by view, trace and answer apart."""
     prompt = experiment.prompts[note.prompt_id]
     samples = read_samples(experiment, [note])
@@ -252,7 +239,7 @@ def _margin(margin: float | None) -> str:
     return "-" if margin is None else f"{margin:.4g}"
 
 
-def _pair_text(experiment: Experiment, note: PromptNote, view: View) -> str:
+def _pair_text(experiment: Opened, note: PromptNote, view: View) -> str:
     if not experiment.paired:
         return ""
     chosen = [f"#{sample.index}" for sample in note.of(view) if sample.role == "chosen"]
@@ -266,7 +253,7 @@ def _pair_text(experiment: Experiment, note: PromptNote, view: View) -> str:
 # as a page
 
 
-def write_page(experiment: Experiment, target: Path, *, budget: int, only: str | None = None) -> None:
+def write_page(experiment: Opened, target: Path, *, budget: int, only: str | None = None) -> None:
     """A page of all prompts that fit, or of one."""
     if budget <= 0:
         raise UserError(f"--max-mb: got {budget / 1e6:g}, expected a number above 0")
@@ -289,7 +276,7 @@ def write_page(experiment: Experiment, target: Path, *, budget: int, only: str |
         logger.info("%s prompts did not fit; --max-mb %g is the bound", f"{left_out:,}", budget / 1e6)
 
 
-def _page(experiment: Experiment, notes: Sequence[PromptNote], chosen: Sequence[PromptNote]) -> str:
+def _page(experiment: Opened, notes: Sequence[PromptNote], chosen: Sequence[PromptNote]) -> str:
     samples = read_samples(experiment, chosen)
     return render_page(
         "inspect.html",
@@ -308,7 +295,7 @@ def _cost(note: PromptNote) -> int:
     return int(_ESCAPED * (texts + min(len(note.text.encode("utf-8", "replace")), 3 * MOST_CHARS))) + _CARD_BYTES
 
 
-def _card(experiment: Experiment, note: PromptNote, samples: dict[str, Sample]) -> dict[str, Any]:
+def _card(experiment: Opened, note: PromptNote, samples: dict[str, Sample]) -> dict[str, Any]:
     """One prompt as the template takes it."""
     prompt = experiment.prompts[note.prompt_id]
     views = []

@@ -23,17 +23,20 @@ from bvpo.config import ExperimentConfig, dump_toml
 from bvpo.data.export import preference_card, write_preference_folder, write_preference_jsonl
 from bvpo.data.pairing import DROPS, Candidate, Choice, select_pairs, with_traces
 from bvpo.data.pairing_report import Report
-from bvpo.data.scores import ATTEMPT, NO_ANSWER, answer_text, score_key
-from bvpo.experiment import RecordStore, begin_stage, finish_stage, forget_stage, read_manifest, write_atomically
+from bvpo.data.scores import ATTEMPT, NO_ANSWER, answer_text
+from bvpo.experiment import (
+    Experiment,
+    RecordStore,
+    write_atomically,
+)
 from bvpo.files import disk_errors
 from bvpo.keys import content_hash
 from bvpo.records import VIEWS, Pair, Prompt, Quad, Response, Sample, Score, View
-from bvpo.strict import UserError, field_types, from_dict, parse_json, read_jsonl, to_dict, write_jsonl
+from bvpo.strict import UserError, field_types, from_dict, parse_json, to_dict, write_jsonl
 
 logger = logging.getLogger(__name__)
 
 ABOUT = "Choose pairs from the scored samples. Writes quads.jsonl, a report, and TRL preference sets."
-REPORT, PREFERENCES = "pairing.json", "preferences"
 Choices = dict[str, dict[View, tuple[Choice, ...]]]  # prompt id -> view -> pairs
 
 
@@ -45,10 +48,11 @@ def main(argv: Sequence[str]) -> int | None:
 
 def run(config: ExperimentConfig, options: StageOptions) -> None:
     """Pairs all prompts, or the first ``--limit``; with ``--dry-run`` it says what would come out."""
-    folder = Path(config.root) / config.name
-    prompts = _prompts(folder, options.limit)
-    samples = RecordStore(folder / "samples", Sample)
-    scores = read_scores(RecordStore(folder / "scores", Score, key=score_key))
+    experiment = Experiment.of(config)
+    experiment.require_whole()
+    prompts = {prompt.id: prompt for prompt in experiment.prompts(options.limit)}
+    samples = experiment.samples()
+    scores = read_scores(experiment.scores())
     report = Report(scorer=scores.scorer)
     candidates = find_candidates(prompts, samples, scores, config, report)
     choices = choose(prompts, candidates, config, report)
@@ -58,29 +62,21 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
     if options.dry_run:
         logger.info("dry run: nothing was written")
         return
-    entry = read_manifest(folder).stage("pair")
+    entry = experiment.stage("pair")
     earlier = {} if entry is None else entry.counts.get("splits", {})
-    forget_stage(folder, "pair")  # nothing of an earlier pairing stays
+    experiment.forget("pair")  # nothing of an earlier pairing stays
     identity = {"pair": to_dict(config.pair), "seed": config.seed}
-    begin_stage(folder, "pair", config=identity, fingerprints={"scorer": scores.scorer})
-    with disk_errors(folder, "writing quads"):
-        files = write_quads(folder, prompts, samples, choices, report)
+    experiment.begin("pair", config=identity, fingerprints={"scorer": scores.scorer})
+    with disk_errors(experiment.folder, "writing quads"):
+        files = write_quads(experiment, prompts, samples, choices, report)
         for split in set(earlier) - set(files):
-            quads_file(folder, split).unlink(missing_ok=True)
+            experiment.quads(split).unlink(missing_ok=True)
         _say_pairs(report)
-        export(folder / PREFERENCES, files if config.pair.export else {}, config, report)
-    write_atomically(folder / "config.toml", dump_toml(config))
-    write_atomically(folder / REPORT, json.dumps(report.summary(), indent=1) + "\n")
-    finish_stage(folder, "pair", counts=report.summary()["quads"])
+        export(experiment.preferences, files if config.pair.export else {}, config, report)
+    experiment.write_config(dump_toml(config))
+    write_atomically(experiment.pairing, json.dumps(report.summary(), indent=1) + "\n")
+    experiment.finish("pair", counts=report.summary()["quads"])
     logger.info("written      %s", ", ".join(str(path) for path in files.values()))
-
-
-def _prompts(folder: Path, limit: int | None) -> dict[str, Prompt]:
-    path = folder / "prompts.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; make the experiment's prompts first")
-    prompts = {prompt.id: prompt for prompt in read_jsonl(path, Prompt)}
-    return dict(list(prompts.items())[:limit])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,7 +191,11 @@ def choose(
 
 
 def write_quads(
-    folder: Path, prompts: Mapping[str, Prompt], samples: RecordStore[Sample], choices: Choices, report: Report
+    experiment: Experiment,
+    prompts: Mapping[str, Prompt],
+    samples: RecordStore[Sample],
+    choices: Choices,
+    report: Report,
 ) -> dict[str, Path]:
     """One file per split, in the order of the prompts; split -> file. A file is replaced whole."""
     splits: defaultdict[str, list[Prompt]] = defaultdict(list)
@@ -203,19 +203,15 @@ def write_quads(
         if choices[prompt.id]:
             splits[prompt.split].append(prompt)
     files: dict[str, Path] = {}
-    with tempfile.TemporaryFile(dir=folder) as stream:
+    with tempfile.TemporaryFile(dir=experiment.folder) as stream:
         spool = Spool(stream, samples, choices)
         for split, members in splits.items():
-            files[split] = quads_file(folder, split)
+            files[split] = experiment.quads(split)
             quads = (quad for prompt in members for quad in _quads(prompt, choices[prompt.id], spool))
             before = sum(report.quads.values())
             write_jsonl(files[split], report.watch(quads))
             report.splits[split] = sum(report.quads.values()) - before
     return files
-
-
-def quads_file(folder: Path, split: str) -> Path:
-    return folder / ("quads.jsonl" if split == "train" else f"quads.{split}.jsonl")
 
 
 def _quads(prompt: Prompt, choices: Mapping[View, Sequence[Choice]], spool: Spool) -> Iterator[Quad]:

@@ -38,7 +38,7 @@ from bvpo.data.sources import (
     read_benchmark,
     read_source,
 )
-from bvpo.experiment import begin_stage, check_stage, finish_stage, forget_stage, write_atomically
+from bvpo.experiment import Experiment
 from bvpo.files import disk_errors, make_folder
 from bvpo.keys import content_hash, hash_int
 from bvpo.records import Message, Prompt
@@ -47,7 +47,6 @@ from bvpo.strict import UserError, to_dict, write_jsonl
 logger = logging.getLogger(__name__)
 
 ABOUT = "Collect prompts, drop what is unfit or part of a benchmark, split the rest. Writes prompts.jsonl."
-OUTPUT, DROPPED = "prompts.jsonl", "prompts.dropped.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,12 +96,12 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
     settings = config.prompts
     if not settings.sources:
         raise UserError("prompts.sources: nothing to read; name files, folders or Hub data sets")
-    folder = Path(config.root) / config.name
+    experiment = Experiment.of(config)
     sources = [parse_source(text, _default_source(settings)) for text in settings.sources]
     benchmarks = benchmark_files(settings.decontaminate)
     identity = _identity(config, sources, benchmarks)
-    if _has_samples(folder):
-        check_stage(folder, "prompts", **identity)
+    if _has_samples(experiment.samples_folder):
+        experiment.check("prompts", **identity)
     cleaned = clean(settings, sources, benchmarks, _token_counter(config) if settings.max_tokens else None)
     prompts = list(_prompts(choose(cleaned.candidates, settings.count, config.seed), config))
     kept = prompts if options.limit is None else prompts[: options.limit]
@@ -112,17 +111,18 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
     if not kept:
         raise UserError(f"prompts: none of the {counts['read']:,} prompts is left; the counts above say why")
     if options.dry_run:
-        logger.info("dry run: %s would get %d prompts; nothing was written", folder / OUTPUT, len(kept))
+        logger.info("dry run: %s would get %d prompts; nothing was written", experiment.prompts_file, len(kept))
         return
-    make_folder(folder)
-    forget_stage(folder, "prompts")
-    begin_stage(folder, "prompts", **identity)
-    with disk_errors(folder, "writing prompts"):
-        write_jsonl(folder / DROPPED, cleaned.dropped)
-        write_jsonl(folder / OUTPUT, kept)
-    write_atomically(folder / "config.toml", dump_toml(config))
-    finish_stage(folder, "prompts", counts=counts)
-    logger.info("written to %s; the dropped ones, with reasons, to %s", folder / OUTPUT, DROPPED)
+    make_folder(experiment.folder)
+    experiment.forget("prompts")
+    experiment.begin("prompts", **identity)
+    with disk_errors(experiment.folder, "writing prompts"):
+        write_jsonl(experiment.dropped_file, cleaned.dropped)
+        write_jsonl(experiment.prompts_file, kept)
+    experiment.write_config(dump_toml(config))
+    experiment.finish("prompts", counts=counts)
+    places = experiment.prompts_file, experiment.dropped_file.name
+    logger.info("written to %s; the dropped ones, with reasons, to %s", *places)
 
 
 def clean(
@@ -264,9 +264,8 @@ def _identity(config: ExperimentConfig, sources: Sequence[Source], benchmarks: S
     }
 
 
-def _has_samples(folder: Path) -> bool:
+def _has_samples(samples: Path) -> bool:
     """Prompts may be made anew until something was sampled for them; then only with the same settings and data."""
-    samples = folder / "samples"
     return samples.is_dir() and any(samples.iterdir())
 
 

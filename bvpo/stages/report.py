@@ -17,7 +17,7 @@ from typing import Any
 from bvpo.command import ReaderParser, parse_reader, whole_number
 from bvpo.config import ExperimentConfig, load_config
 from bvpo.evaluation.results import Results
-from bvpo.experiment import write_atomically
+from bvpo.experiment import Experiment, write_atomically
 from bvpo.report.pages import render_page
 from bvpo.report.results import best_method, page_values, text_table
 from bvpo.runs.gather import conversations, gather
@@ -26,7 +26,6 @@ from bvpo.strict import UserError, to_dict
 logger = logging.getLogger(__name__)
 
 ABOUT = "Write results.json and report.html from an experiment's evaluations, and print the headline table."
-RESULTS, PAGE = "results.json", "report.html"
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -36,13 +35,14 @@ def main(argv: Sequence[str]) -> int | None:
         help="prompts of each benchmark whose answers are shown side by side (default 4)",
     )  # fmt: skip
     folder, options = parse_reader(parser, argv)
-    config = _config(folder)
-    results = gather(config, command=f"bvpo run {_relative(folder / 'config.toml')}")
-    write_atomically(folder / RESULTS, json.dumps(to_dict(results), indent=1, ensure_ascii=False) + "\n")
-    write_atomically(folder / PAGE, page(config, results, options.transcripts))
+    experiment = Experiment(folder)
+    config = _config(experiment)
+    results = gather(config, command=f"bvpo run {_relative(experiment.config_file)}")
+    write_atomically(experiment.results, json.dumps(to_dict(results), indent=1, ensure_ascii=False) + "\n")
+    write_atomically(experiment.page, page(config, results, options.transcripts))
     sys.stdout.write(text_table(results))
-    logger.info("results      %s", folder / RESULTS)
-    logger.info("report       %s", folder / PAGE)
+    logger.info("results      %s", experiment.results)
+    logger.info("report       %s", experiment.page)
     return None
 
 
@@ -54,8 +54,8 @@ def page(config: ExperimentConfig, results: Results, num_prompts: int) -> str:
     return render_page("results.html", **page_values(config, results), talks=talks)
 
 
-def _config(folder: Path) -> ExperimentConfig:
-    path = folder / "config.toml"
+def _config(experiment: Experiment) -> ExperimentConfig:
+    path, folder = experiment.config_file, experiment.folder
     if not path.is_file():
         raise UserError(f"{path}: no such file; is {folder} an experiment's folder?")
     # The folder that is named is the one that is read, also when it was copied or renamed since.

@@ -18,13 +18,13 @@ from typing import Any
 
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
-from bvpo.experiment import begin_stage, finish_stage, forget_stage, write_atomically
+from bvpo.experiment import Experiment, begin_stage, finish_stage, forget_stage, write_atomically
 from bvpo.files import folder_lock, make_folder
 from bvpo.runs.cost import bounds
 from bvpo.runs.declaring import Tuned, declared_of, enter
 from bvpo.runs.plan import Job, home, plan, stages_of
 from bvpo.runs.pool import Event, has_gpu, run_job, run_jobs
-from bvpo.runs.tuning import TUNED, at_edges, choose, finalists, plan_tuning, read_tuned, tuned_toml
+from bvpo.runs.tuning import at_edges, choose, finalists, plan_tuning, read_tuned, tuned_toml
 from bvpo.runs.view import RunView
 from bvpo.strict import OtherSettings, UserError, to_dict
 from bvpo.verbs import run_words
@@ -112,7 +112,8 @@ def _begin(config: ExperimentConfig, folder: Path, tuned: Tuned) -> dict[Path, s
     begin_stage(folder, "run", config={"run": to_dict(config.run), "seed": config.seed})
     if not config.run.methods:
         return {}
-    texts = {folder / "config.toml": dump_toml(config), folder / TUNED: json.dumps(tuned, indent=1) + "\n"}
+    experiment = Experiment(folder)
+    texts = {experiment.config_file: dump_toml(config), experiment.tuned: json.dumps(tuned, indent=1) + "\n"}
     before = {path: path.read_text(encoding="utf-8") if path.is_file() else None for path in texts}
     for path, text in texts.items():
         write_atomically(path, text)

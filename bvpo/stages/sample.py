@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from bvpo.command import StageOptions, parse_command
@@ -24,23 +23,16 @@ from bvpo.config import ExperimentConfig, SampleConfig, dump_toml
 from bvpo.engines.base import Engine, Generation, Request, Sampling, create_engine
 from bvpo.engines.estimate import Estimate
 from bvpo.experiment import (
-    RecordStore,
+    Experiment,
     RecordWriter,
     StageEntry,
-    begin_stage,
-    check_stage,
-    finish_stage,
-    forget_stage,
-    read_manifest,
-    write_atomically,
 )
-from bvpo.experiment.lines import Key
 from bvpo.experiment.sampleplan import Draw, SamplePlan, SampleSpec, in_shard, plan_samples, shard_of, walk
 from bvpo.formats import FORMATS, ReasoningFormat, end_ids, resolve_format, view_prompt
 from bvpo.formats.prompts import template_source
 from bvpo.keys import content_hash, seed_from_key
 from bvpo.records import VIEWS, Message, Prompt, Sample, View
-from bvpo.strict import UserError, read_jsonl, to_dict
+from bvpo.strict import UserError, to_dict
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +41,6 @@ ABOUT = (
     "Sample responses to the prompts in both views. Prints what it will cost, goes on where it stopped when run again. "
     f"A sample that failed stays failed until {RETRY} is given, which draws it again."
 )
-SAMPLES, FAILED = "samples", "failed"
 HOPELESS = 50  # samples of a run that fail before any succeeds: it is the engine that is wrong, not they
 _MOST_ERRORS = 5  # kinds of errors that are listed
 _MANY_PROMPTS = 5000  # of which planning takes a while
@@ -67,8 +58,9 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # one bar: ours
-    folder = Path(config.root) / config.name
-    everything = _prompts(folder, config.sample)
+    experiment = Experiment.of(config)
+    experiment.require_whole()
+    everything = _prompts(experiment, config.sample)
     tokenizer = _load_tokenizer(config)
     fmt = resolve_format(tokenizer, config.model.format, config.model.custom_format)
     sampling = _sampling(config.sample, end_ids(tokenizer, fmt))
@@ -76,9 +68,9 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
         engine = create_engine(config.sample.engine, engine_options(config, fmt))
         stack.callback(engine.close)
         fingerprint = json.loads(json.dumps(engine.fingerprint()))  # as the manifest holds it
-        identity = _identity(config, folder, fmt, tokenizer, fingerprint)
-        grown = _check(folder, identity)
-        store, failed = RecordStore(folder / SAMPLES, Sample), open_failed(folder)
+        identity = _identity(config, experiment, fmt, tokenizer, fingerprint)
+        grown = _check(experiment, identity)
+        store, failed = experiment.samples(), experiment.failed()
         spec = SampleSpec(
             reasoning_format=fmt,
             model_revision=content_hash({name: fingerprint[name] for name in _WEIGHTS if name in fingerprint}),
@@ -105,36 +97,23 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
             logger.info("dry run: nothing was sampled")
             return
         if grown:
-            forget_stage(folder, "sample")
-        begin_stage(folder, "sample", **identity)
-        write_atomically(folder / "config.toml", dump_toml(replace(config, sample=replace(config.sample, shard=""))))
+            experiment.forget("sample")
+        experiment.begin("sample", **identity)
+        experiment.write_config(dump_toml(replace(config, sample=replace(config.sample, shard=""))))
         work = Work(plan=plan, spec=spec, sampling=sampling, chat=_asks_for_chat(config.sample))
         work.writer = stack.enter_context(store.open_writer())
         work.failures = stack.enter_context(failed.open_writer())
         report = draw_samples(work, engine)
-    _finish(folder, config.sample, len(everything), plan.num_shared, report)
-
-
-def open_failed(folder: Path) -> RecordStore[Sample]:
-    """The samples that could not be drawn. They are kept apart, because the first record of a key holds for good; a
-    sample that fails twice in the same way is one record."""
-    return RecordStore(folder / SAMPLES / FAILED, Sample, key=_failure_key)
-
-
-def _failure_key(sample: Sample) -> Key:
-    return (sample.key, sample.error or "")
+    _finish(experiment, config.sample, len(everything), plan.num_shared, report)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what is asked for
 
 
-def _prompts(folder: Path, settings: SampleConfig) -> list[Prompt]:
+def _prompts(experiment: Experiment, settings: SampleConfig) -> list[Prompt]:
     """The prompts of the splits that are sampled."""
-    path = folder / "prompts.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; make the experiment's prompts first (bvpo prompts)")
-    prompts = list(read_jsonl(path, Prompt))
+    path, prompts = experiment.prompts_file, list(experiment.prompts())
     there = sorted({prompt.split for prompt in prompts})
     if unknown := [split for split in settings.splits if split not in there]:
         raise UserError(f"sample.splits: no prompt is in split {unknown[0]!r}; {path} has {', '.join(there)}")
@@ -193,7 +172,7 @@ _WEIGHTS = ("model", "revision", "content", "parameters")
 
 
 def _identity(
-    config: ExperimentConfig, folder: Path, fmt: ReasoningFormat, tokenizer: Any, engine: dict[str, Any]
+    config: ExperimentConfig, experiment: Experiment, fmt: ReasoningFormat, tokenizer: Any, engine: dict[str, Any]
 ) -> dict[str, Any]:
     """All that the samples depend on; what does not change a sample (shard, batching, addresses) is left out."""
     settings = to_dict(config.sample)
@@ -201,7 +180,7 @@ def _identity(
         del settings[name]
     settings["engine"] = engine["engine"]  # Ray is a way to run an engine, not another one
     facts = {name: getattr(fmt, name) for name in fmt.__slots__ if name not in ("models", "verified", "lead", "detect")}
-    with open(folder / "prompts.jsonl", "rb") as stream:
+    with open(experiment.prompts_file, "rb") as stream:
         prompts = hashlib.file_digest(stream, "sha256").hexdigest()
     return {
         "config": {"sample": settings, "format": fmt.name, "seed": config.seed},
@@ -223,15 +202,15 @@ def _probe(tokenizer: Any, fmt: ReasoningFormat, view: View) -> list[int] | str:
         return str(error)
 
 
-def _check(folder: Path, identity: Mapping[str, Any]) -> bool:
+def _check(experiment: Experiment, identity: Mapping[str, Any]) -> bool:
     """Refuses to mix samples of two settings; true when these are the earlier ones, asking for more."""
-    entry = read_manifest(folder).stage("sample")
+    entry = experiment.stage("sample")
     if entry is not None and _grows(entry, identity["config"]):
         earlier = dict(identity["config"])
         earlier["sample"] = {**earlier["sample"], **{name: entry.config["sample"][name] for name in _GROWING}}
-        check_stage(folder, "sample", **{**identity, "config": earlier})
+        experiment.check("sample", **{**identity, "config": earlier})
         return True
-    check_stage(folder, "sample", **identity)
+    experiment.check("sample", **identity)
     return False
 
 
@@ -439,18 +418,17 @@ def _say_plan(
         logger.info("cost         %s; longest prompt %s tokens", cost.line(), f"{plan.longest_prompt:,}")
 
 
-def _finish(folder: Path, settings: SampleConfig, num_prompts: int, num_shared: int, report: Report) -> None:
+def _finish(experiment: Experiment, settings: SampleConfig, num_prompts: int, num_shared: int, report: Report) -> None:
     """Seals what was drawn; the stage is finished when nothing of any part is left."""
-    store = RecordStore(folder / SAMPLES, Sample)
+    store, failed = experiment.samples(), experiment.failed()
     store.seal()
-    failed = open_failed(folder)
     failed.seal()
     num_failed = len({row["key"] for row in failed.columns("key") if row["key"] not in store})
     num_asked = num_prompts * len(settings.views) * settings.num_samples
     left = num_asked - num_shared - len(store) - num_failed
     counts = {"asked": num_asked, "samples": len(store), "failed": num_failed, "shared": num_shared}
     if left <= 0:
-        finish_stage(folder, "sample", counts=counts, shards=store.shard_hashes())
+        experiment.finish("sample", counts=counts, shards=store.shard_hashes())
     for error, num in report.errors.most_common(_MOST_ERRORS):
         logger.info("failed       %s x %s", f"{num:,}", error)
     logger.info(
@@ -459,7 +437,7 @@ def _finish(folder: Path, settings: SampleConfig, num_prompts: int, num_shared: 
     )  # fmt: skip
     logger.info(
         "             %s samples in %s, %s failed, %s left",
-        f"{len(store):,}", folder / SAMPLES, f"{num_failed:,}", f"{max(0, left):,}",
+        f"{len(store):,}", experiment.samples_folder, f"{num_failed:,}", f"{max(0, left):,}",
     )  # fmt: skip
     if num_failed:
         logger.info("             bvpo sample ... %s draws the failed ones again", RETRY)

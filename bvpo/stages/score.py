@@ -18,11 +18,15 @@ from typing import Any, NamedTuple
 
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
-from bvpo.data.scores import ATTEMPT, CONTENT, NO_ANSWER, answer_text, content_key, score_key, scorer_id
-from bvpo.experiment import RecordStore, RecordWriter, begin_stage, check_stage, finish_stage, write_atomically
+from bvpo.data.scores import ATTEMPT, CONTENT, NO_ANSWER, answer_text, content_key, scorer_id
+from bvpo.experiment import (
+    Experiment,
+    RecordStore,
+    RecordWriter,
+)
 from bvpo.records import Prompt, Sample, Score, View
 from bvpo.scorers.base import Needs, Outcome, ScoreItem, Scorer, create_scorer
-from bvpo.strict import UserError, read_jsonl
+from bvpo.strict import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -42,42 +46,35 @@ def main(argv: Sequence[str]) -> int | None:
 
 def run(config: ExperimentConfig, options: StageOptions) -> None:
     """Scores what has no score yet; ``--limit`` keeps to the first prompts."""
-    folder = Path(config.root) / config.name
-    prompts = _prompts(folder, options.limit)
-    samples = RecordStore(folder / "samples", Sample)
+    experiment = Experiment.of(config)
+    experiment.require_whole()
+    prompts = {prompt.id: prompt for prompt in experiment.prompts(options.limit)}
+    samples = experiment.samples()
     if not len(samples):
-        raise UserError(f"{folder / 'samples'}: nothing to score; sample first")
+        raise UserError(f"{experiment.samples_folder}: nothing to score; sample first")
     with ExitStack() as stack:
         replies = None
         if config.score.scorer == "judge":
-            replies = ReplyStore(Path(config.score.judge.cache or folder / "judge"))
+            replies = ReplyStore(Path(config.score.judge.cache or experiment.judge_folder))
             stack.callback(replies.close)
         scorer = create_scorer(config.score, replies)
         stack.callback(scorer.close)
         fingerprint = scorer.fingerprint()
         identity: dict[str, Any] = {"config": {"scorer": config.score.scorer}, "fingerprints": {"scorer": fingerprint}}
-        check_stage(folder, "score", **identity)
+        experiment.check("score", **identity)
         name = scorer_id(config.score.scorer, fingerprint)
-        store = RecordStore(folder / "scores", Score, key=score_key)
+        store = experiment.scores()
         work = find_work(prompts, samples, store, name, scorer.needs, retry_failed=options.retry_failed)
         _say_work(name, work, scorer, options.retry_failed)
         if options.dry_run:
             logger.info("dry run: nothing was scored")
             return
-        begin_stage(folder, "score", **identity)
-        write_atomically(folder / "config.toml", dump_toml(config))
+        experiment.begin("score", **identity)
+        experiment.write_config(dump_toml(config))
         writer = stack.enter_context(store.open_writer())
         report = _score(work, scorer, name, writer)
     store.seal()
-    _finish(folder, store, name, work, report, replies)
-
-
-def _prompts(folder: Path, limit: int | None) -> dict[str, Prompt]:
-    path = folder / "prompts.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; make the experiment's prompts first")
-    prompts = {prompt.id: prompt for prompt in read_jsonl(path, Prompt)}
-    return dict(list(prompts.items())[:limit])
+    _finish(experiment, store, name, work, report, replies)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,12 +195,15 @@ def find_work(
                 pending[content].append(row)
         else:
             work.counts["scored before"] += 1
-            work.known[content] = (last.value, answer.key)
+            source = min(answer.key, work.known[content][1]) if content in work.known else answer.key
+            work.known[content] = (last.value, source)
     for content, rows in pending.items():
         if content in work.known:
             work.reuse += rows
         else:
-            work.waiting[content] = rows
+            work.waiting[content] = sorted(
+                rows, key=lambda row: row.key
+            )  # the first is scored, in whatever order they came
     return work
 
 
@@ -267,7 +267,7 @@ def _score(work: Work, scorer: Scorer, name: str, writer: RecordWriter[Score]) -
             first, *others = left.pop(outcome.key)
             writer.append(_record(first, name, outcome.value, outcome.error, outcome.extra))
             for row in others:
-                writer.append(_record(row, name, outcome.value, outcome.error, {**outcome.extra, "same_as": first.key}))
+                writer.append(_record(row, name, outcome.value, outcome.error, {"same_as": first.key}))
             report.add(outcome)
     except KeyboardInterrupt:
         logger.info(
@@ -377,7 +377,7 @@ def _say_work(name: str, work: Work, scorer: Scorer, retry_failed: bool) -> None
 
 
 def _finish(
-    folder: Path, store: RecordStore[Score], name: str, work: Work, report: Report, replies: ReplyStore | None
+    experiment: Experiment, store: RecordStore[Score], name: str, work: Work, report: Report, replies: ReplyStore | None
 ) -> None:
     """Totals over all that was ever scored here; a stage with samples left over is not finished."""
     last = _earlier(store, name)
@@ -388,7 +388,7 @@ def _finish(
     if replies is not None and replies.served_by:
         counts["served_by"] = dict(replies.served_by)
     if len(last) == len(work.samples):
-        finish_stage(folder, "score", counts=counts, shards=store.shard_hashes())
+        experiment.finish("score", counts=counts, shards=store.shard_hashes())
     for error, num in report.errors.most_common(_MOST_ERRORS):
         logger.info("failed       %s x %s", f"{num:,}", error)
     logger.info(

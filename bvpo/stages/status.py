@@ -18,15 +18,14 @@ from typing import Any
 
 from bvpo.command import ReaderParser, parse_reader
 from bvpo.data.overview import last_scores
-from bvpo.data.scores import NO_ANSWER, score_key, scorer_id
+from bvpo.data.scores import NO_ANSWER
 from bvpo.evaluation.metrics import MODES
-from bvpo.experiment import Manifest, RecordStore, StageEntry, StoreStats, read_manifest
+from bvpo.experiment import Experiment, Manifest, StageEntry, StoreStats
 from bvpo.experiment.checking import StoreCheck, check_store
 from bvpo.experiment.live import LiveFile, is_active
-from bvpo.records import Prompt, Sample, Score
 from bvpo.report.tables import aligned
 from bvpo.runs.progress import MethodProgress, method_progress
-from bvpo.strict import UserError, read_jsonl
+from bvpo.strict import UserError
 
 ABOUT = (
     "Show per stage what is done, what failed, what is left and how fast it goes. Changes nothing (but for --repair). "
@@ -79,51 +78,47 @@ def say_methods(folder: Path, methods: Sequence[MethodProgress], *, as_json: boo
     rows = [["method", "seeds", "paired", "trained", "evaluated"]]
     rows += [[one.name, *map(str, (one.started, one.paired, one.trained, one.evaluated))] for one in methods]
     sys.stdout.write(f"comparison {folder}\n\n" + "\n".join(aligned(rows, left=1)) + "\n")
-    first = min(folder.glob("seed-*/*/manifest.json")).parent
+    first = Experiment(folder).members()[0].folder
     sys.stdout.write(f"\none of them: bvpo status {first}\n")
 
 
 def verify(folder: Path, *, repair: bool) -> list[StoreCheck]:
     """Every store of the experiment, checked byte by byte."""
-    manifest = read_manifest(folder)
-    stores: list[tuple[str, str, RecordStore[Any]]] = [
-        ("samples", "sample", RecordStore(folder / "samples", Sample)),
-        ("samples/failed", "", RecordStore(folder / "samples" / "failed", Sample)),
-        ("scores", "score", RecordStore(folder / "scores", Score, key=score_key)),
-    ]
-    shards = {name: entry.shards for name, stage, _ in stores if (entry := manifest.stage(stage)) is not None}
-    found = [(name, store) for name, _, store in stores if store.folder.is_dir()]
-    return [check_store(store, name, shards.get(name, ()), repair=repair) for name, store in found]
+    experiment = Experiment(folder)
+    manifest, stores = experiment.manifest(), experiment.stores()
+    shards = {name: entry.shards for name, (stage, _) in stores.items() if (entry := manifest.stage(stage)) is not None}
+    return [check_store(store, name, shards.get(name, ()), repair=repair) for name, (_, store) in stores.items()]
 
 
 def examine(folder: Path) -> list[StageStatus]:
     """Every stage, in the order of the work."""
-    manifest = read_manifest(folder)
-    return [look(folder, manifest) for look in LOOKS]
+    experiment = Experiment(folder)
+    manifest = experiment.manifest()
+    return [look(experiment, manifest) for look in LOOKS]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one function per stage
 
 
-def prompts_status(folder: Path, manifest: Manifest) -> StageStatus:
-    done, dropped = _lines(folder / "prompts.jsonl"), _lines(folder / "prompts.dropped.jsonl")
+def prompts_status(experiment: Experiment, manifest: Manifest) -> StageStatus:
+    done, dropped = _lines(experiment.prompts_file), _lines(experiment.dropped_file)
     if done is None:
         return StageStatus(stage="prompts")
     notes = (f"{dropped:,} dropped",) if dropped else ()
     return StageStatus(stage="prompts", state=FINISHED, unit="prompts", done=done, notes=notes)
 
 
-def sample_status(folder: Path, manifest: Manifest) -> StageStatus:
+def sample_status(experiment: Experiment, manifest: Manifest) -> StageStatus:
     entry = manifest.stage("sample")
-    store = RecordStore(folder / "samples", Sample)
+    store = experiment.samples()
     stats = store.stats()
-    failures = RecordStore(folder / "samples" / "failed", Sample)
+    failures = experiment.failed()
     failed = len({row["key"] for row in failures.columns("key") if row["key"] not in store})
     state = _state(stats, entry, len(store) + failed)
     if state == NOT_STARTED:
         return StageStatus(stage="sample")
-    asked = _asked(folder, entry)
+    asked = _asked(experiment, entry)
     shared = int(entry.counts.get("shared", 0)) if entry is not None else 0  # of prompts that read alike
     left = None if asked is None else max(0, asked - shared - len(store) - failed)
     if state == FINISHED:
@@ -136,39 +131,36 @@ def sample_status(folder: Path, manifest: Manifest) -> StageStatus:
         done=len(store),
         failed=failed,
         left=left,
-        rate=_rate(folder / "samples"),
+        rate=_rate(experiment.samples_folder),
         notes=_store_notes(stats),
     )
 
 
-def _asked(folder: Path, entry: StageEntry | None) -> int | None:
+def _asked(experiment: Experiment, entry: StageEntry | None) -> int | None:
     """How many samples the experiment asks for, from the settings that sampling was started with."""
-    path = folder / "prompts.jsonl"
-    if entry is None or not path.is_file():
+    if entry is None or not experiment.prompts_file.is_file():
         return None
     settings = entry.config.get("sample", {})
     splits = settings.get("splits", [])
     try:
-        prompts = sum(not splits or prompt.split in splits for prompt in read_jsonl(path, Prompt))
+        prompts = sum(not splits or prompt.split in splits for prompt in experiment.prompts())
         return prompts * len(settings["views"]) * int(settings["num_samples"])
     except (KeyError, TypeError):
         return None
 
 
-def score_status(folder: Path, manifest: Manifest) -> StageStatus:
+def score_status(experiment: Experiment, manifest: Manifest) -> StageStatus:
     entry = manifest.stage("score")
-    store = RecordStore(folder / "scores", Score, key=score_key)
+    store = experiment.scores()
     stats = store.stats()
-    current = None
-    if entry is not None:
-        current = scorer_id(entry.config.get("scorer", ""), entry.fingerprints.get("scorer", {}))
-    latest = last_scores(store.columns("sample_key", "scorer", "value", "error", "extra"), current)
+    columns = store.columns("sample_key", "scorer", "value", "error", "extra")
+    latest = last_scores(columns, experiment.scorer())
     unscorable = sum(score.error == NO_ANSWER for score in latest.values())
     failed = sum(score.value is None for score in latest.values()) - unscorable
     state = _state(stats, entry, len(latest))
     if state == NOT_STARTED:
         return StageStatus(stage="score")
-    samples = len(RecordStore(folder / "samples", Sample))
+    samples = len(experiment.samples())
     notes = [f"{unscorable:,} without an answer"] if unscorable else []
     return StageStatus(
         stage="score",
@@ -177,14 +169,14 @@ def score_status(folder: Path, manifest: Manifest) -> StageStatus:
         done=len(latest) - failed,
         failed=failed,
         left=max(0, samples - len(latest)),
-        rate=_rate(folder / "scores"),
+        rate=_rate(experiment.scores_folder),
         notes=(*notes, *_store_notes(stats)),
     )
 
 
-def pair_status(folder: Path, manifest: Manifest) -> StageStatus:
+def pair_status(experiment: Experiment, manifest: Manifest) -> StageStatus:
     entry = manifest.stage("pair")
-    files = sorted(folder.glob("quads*.jsonl"))
+    files = experiment.quads_files()
     if not files:
         return StageStatus(stage="pair", state=NOT_STARTED if entry is None else UNFINISHED)
     done = sum(_lines(path) or 0 for path in files)
@@ -203,14 +195,13 @@ def pair_status(folder: Path, manifest: Manifest) -> StageStatus:
     )
 
 
-def train_status(folder: Path, manifest: Manifest) -> StageStatus:
+def train_status(experiment: Experiment, manifest: Manifest) -> StageStatus:
     entry = manifest.stage("train")
-    output = folder / "train"
-    last = _last_entry(output / "metrics.jsonl")
-    finished = (entry is not None and entry.finished is not None) and (output / "final").is_dir()
+    last = _last_entry(experiment.metrics)
+    finished = (entry is not None and entry.finished is not None) and experiment.final.is_dir()
     if not finished and last is None:
         return StageStatus(stage="train", state=NOT_STARTED if entry is None else UNFINISHED)
-    steps, planned = last[0].get("step") if last else None, _planned_steps(output)
+    steps, planned = last[0].get("step") if last else None, _planned_steps(experiment.train)
     notes = []
     if last is not None and not finished:
         speed = last[0].get("tokens_per_second")
@@ -254,14 +245,14 @@ def _planned_steps(output: Path) -> int | None:
     return None
 
 
-def evaluate_status(folder: Path, manifest: Manifest) -> StageStatus:
+def evaluate_status(experiment: Experiment, manifest: Manifest) -> StageStatus:
     """Counts results, one per benchmark and mode; each benchmark is an experiment folder with a status of its own."""
-    entry = manifest.stage("evaluate")
-    benchmarks = sorted(path.parent for path in (folder / "eval").glob("*/prompts.jsonl"))
+    entry = manifest.stage(experiment.evaluate_stage)
+    benchmarks = experiment.benchmarks().values()
     if entry is None and not benchmarks:
         return StageStatus(stage="evaluate")
     finished = entry is not None and entry.finished is not None
-    done = sum((place / f"{mode}.json").is_file() for place in benchmarks for mode in MODES)
+    done = sum(place.mode_result(mode).is_file() for place in benchmarks for mode in MODES)
     planned = None if entry is None else entry.config.get("evaluate", {})
     asked = len(planned.get("benchmarks", ())) * len(planned.get("modes", ())) if planned else None
     notes = []
@@ -274,7 +265,7 @@ def evaluate_status(folder: Path, manifest: Manifest) -> StageStatus:
     ):
         notes.append("older than the model: evaluate again")
     if not finished and benchmarks:
-        notes.append("bvpo status of " + ", ".join(str(place) for place in benchmarks) + " tells more")
+        notes.append("bvpo status of " + ", ".join(str(place.folder) for place in benchmarks) + " tells more")
     return StageStatus(
         stage="evaluate",
         state=FINISHED if finished else UNFINISHED,
@@ -285,21 +276,21 @@ def evaluate_status(folder: Path, manifest: Manifest) -> StageStatus:
     )
 
 
-def analyze_status(folder: Path, manifest: Manifest) -> StageStatus:
-    return _page("analyze", folder, ("analysis.json", "analysis.html"))
+def analyze_status(experiment: Experiment, manifest: Manifest) -> StageStatus:
+    return _page("analyze", experiment.analysis, experiment.analysis_page)
 
 
-def report_status(folder: Path, manifest: Manifest) -> StageStatus:
-    return _page("report", folder, ("results.json", "report.html"))
+def report_status(experiment: Experiment, manifest: Manifest) -> StageStatus:
+    return _page("report", experiment.results, experiment.page)
 
 
-def _page(stage: str, folder: Path, names: Sequence[str]) -> StageStatus:
-    there = [name for name in names if (folder / name).is_file()]
-    state = FINISHED if len(there) == len(names) else UNFINISHED if there else NOT_STARTED
+def _page(stage: str, *paths: Path) -> StageStatus:
+    there = [path.name for path in paths if path.is_file()]
+    state = FINISHED if len(there) == len(paths) else UNFINISHED if there else NOT_STARTED
     return StageStatus(stage=stage, state=state, notes=tuple(there))
 
 
-LOOKS: tuple[Callable[[Path, Manifest], StageStatus], ...] = (
+LOOKS: tuple[Callable[[Experiment, Manifest], StageStatus], ...] = (
     prompts_status,
     sample_status,
     score_status,
@@ -348,7 +339,9 @@ def _store_notes(stats: StoreStats) -> tuple[str, ...]:
     if stats.torn_bytes:
         found.append("a writer was killed; the next run tidies up")
     if stats.damaged:
-        found.append(f"{len(stats.damaged)} damaged places, the next run makes these records again")
+        sealed = any(".parquet" in damage.where for damage in stats.damaged)
+        advice = "bvpo status --repair drops them" if sealed else "the next run makes these records again"
+        found.append(f"{len(stats.damaged)} damaged places, {advice}")
     return tuple(found)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
-from bvpo.experiment.manifest import begin_stage, check_stage, finish_stage, forget_stage, read_manifest
+from bvpo.experiment import Experiment
 from bvpo.files import folder_lock, make_folder, sync_file, sync_folder, write_atomically
 from bvpo.records import VIEWS
 from bvpo.strict import UserError, parse_json, write_jsonl
@@ -31,7 +31,6 @@ from bvpo.strict import UserError, parse_json, write_jsonl
 logger = logging.getLogger(__name__)
 
 ABOUT = "Align the model on quads. Prints what the run will cost, trains, resumes when run again."
-HELD_OUT = "held_out.jsonl"
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -45,15 +44,15 @@ def main(argv: Sequence[str]) -> int | None:
 
 def run(config: ExperimentConfig, options: StageOptions) -> None:
     """One training run, the only one in its folder."""
-    folder = Path(config.root) / config.name
-    config = _with_data(config, folder, options)
-    make_folder(folder / "train")
+    experiment = Experiment.of(config)
+    config = _with_data(config, experiment, options)
+    make_folder(experiment.train)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_stopping())
         if not options.dry_run and int(os.environ.get("RANK", "0")) == 0:
             refusal = "another bvpo train is at work in this folder; wait for it, or give the experiment another name"
-            stack.enter_context(folder_lock(folder / "train", "train", refusal=refusal))
-        _run(config, options, folder, stop)
+            stack.enter_context(folder_lock(experiment.train, "train", refusal=refusal))
+        _run(config, options, experiment, stop)
 
 
 class _Stop:
@@ -94,7 +93,7 @@ def _stopping() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
-def _run(config: ExperimentConfig, options: StageOptions, folder: Path, stop: _Stop) -> None:
+def _run(config: ExperimentConfig, options: StageOptions, experiment: Experiment, stop: _Stop) -> None:
     """Everything heavy is imported here, after the config has been checked."""
     from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
@@ -105,7 +104,7 @@ def _run(config: ExperimentConfig, options: StageOptions, folder: Path, stop: _S
     from bvpo.training.objective import Objective
 
     transformers_logging.disable_progress_bar()  # one bar: ours
-    output = folder / "train"
+    output = experiment.train
     args = arguments_from(
         config.train,
         output_dir=str(output),
@@ -127,11 +126,11 @@ def _run(config: ExperimentConfig, options: StageOptions, folder: Path, stop: _S
     if options.dry_run:
         return
     trainer = _trainer(config, args, tokenizer, train_tokens, eval_tokens)
-    if _is_done(folder, trainer, output, eval_tokens):
+    if _is_done(experiment, trainer, eval_tokens):
         return
     checkpoint = trainer.newest_checkpoint()
     if is_main:
-        _begin(folder, config, trainer, output, has_work=bool(checkpoint))
+        _begin(experiment, config, trainer, has_work=bool(checkpoint))
     if checkpoint and is_main:
         logger.info("resuming from %s", checkpoint)
     started = time.perf_counter()
@@ -144,23 +143,23 @@ def _run(config: ExperimentConfig, options: StageOptions, folder: Path, stop: _S
                 "stopped      checkpoint saved at step %d of %d", trainer.state.global_step, trainer.state.max_steps
             )
         stop.leave()
-    _save_final(trainer, output)
+    _save_final(trainer, experiment)
     seconds = time.perf_counter() - started
-    _write_held_out(trainer, output, eval_tokens, held_out, checkpoint)
+    _write_held_out(trainer, experiment, eval_tokens, held_out, checkpoint)
     if trainer.is_world_process_zero():
-        _finish(trainer, output, seconds, train_tokens, eval_tokens)
+        _finish(trainer, experiment, seconds, train_tokens, eval_tokens)
     if args.push_to_hub:
         trainer.push_to_hub()
 
 
-def _is_done(folder: Path, trainer: Any, output: Path, eval_tokens: Any) -> bool:
+def _is_done(experiment: Experiment, trainer: Any, eval_tokens: Any) -> bool:
     """Whether the very same run ended here before; then nothing is changed. The first rank looks, for all."""
     from bvpo.training.loading import agree
 
     def steps() -> str:
-        entry = check_stage(folder, "train", config=_settings(trainer))
-        summary = output / "summary.json"
-        if entry is None or entry.finished is None or not summary.is_file() or not (output / "final").is_dir():
+        entry = experiment.check("train", config=_settings(trainer))
+        summary = experiment.summary
+        if entry is None or entry.finished is None or not summary.is_file() or not experiment.final.is_dir():
             return ""
         found = parse_json(summary.read_text(encoding="utf-8"), str(summary))
         held_out = None if eval_tokens is None else eval_tokens.fingerprint
@@ -168,7 +167,7 @@ def _is_done(folder: Path, trainer: Any, output: Path, eval_tokens: Any) -> bool
 
     num_steps = agree(trainer.args, steps)
     if num_steps and trainer.is_world_process_zero():
-        logger.info("done before  %s steps, model in %s; nothing is changed", num_steps, output / "final")
+        logger.info("done before  %s steps, model in %s; nothing is changed", num_steps, experiment.final)
     return bool(num_steps)
 
 
@@ -176,9 +175,9 @@ def _settings(trainer: Any) -> dict[str, Any]:
     return json.loads(json.dumps(trainer.identity(), default=str))
 
 
-def _save_final(trainer: Any, output: Path) -> None:
+def _save_final(trainer: Any, experiment: Experiment) -> None:
     """The model beside the checkpoints, under its name only once it is whole."""
-    draft, final = output / "_final", output / "final"  # transformers uploads nothing that starts so
+    draft, final = experiment.train / "_final", experiment.final  # transformers uploads nothing that starts so
     is_main = trainer.is_world_process_zero()
     if is_main:
         shutil.rmtree(draft, ignore_errors=True)
@@ -190,14 +189,14 @@ def _save_final(trainer: Any, output: Path) -> None:
             sync_file(path) if path.is_file() else sync_folder(path)
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
-        sync_folder(output)
+        sync_folder(final.parent)
 
 
-def _with_data(config: ExperimentConfig, folder: Path, options: StageOptions) -> ExperimentConfig:
+def _with_data(config: ExperimentConfig, experiment: Experiment, options: StageOptions) -> ExperimentConfig:
     """The experiment's own quads unless others are named, and ``--limit``."""
     data = config.data
     if not (data.quads or data.trace or data.empty):
-        own = folder / "quads.jsonl"
+        own = experiment.quads()
         if not own.is_file():
             raise UserError(
                 f"data: nothing to train on; set data.quads, or data.trace and data.empty, or make {own} first"
@@ -280,12 +279,12 @@ def _peft_config(config: ExperimentConfig) -> Any:
     )
 
 
-def _begin(folder: Path, config: ExperimentConfig, trainer: Any, output: Path, *, has_work: bool) -> None:
+def _begin(experiment: Experiment, config: ExperimentConfig, trainer: Any, *, has_work: bool) -> None:
     """Refuses to go on with other settings than the folder's run was started with, then records these."""
-    if not has_work and not (output / "final").is_dir():
-        forget_stage(folder, "train")  # nothing of an earlier try is left that could be mixed up
-    begin_stage(folder, "train", config=_settings(trainer))
-    write_atomically(folder / "config.toml", dump_toml(config))
+    if not has_work and not experiment.final.is_dir():
+        experiment.forget("train")  # nothing of an earlier try is left that could be mixed up
+    experiment.begin("train", config=_settings(trainer))
+    experiment.write_config(dump_toml(config))
 
 
 def _say(config: ExperimentConfig, args: Any, estimate: Any, train_tokens: Any, eval_tokens: Any) -> None:
@@ -312,15 +311,15 @@ def _doubt_of_sampling(config: ExperimentConfig) -> str | None:
     """From the manifest beside the quads, where an experiment made them."""
     from bvpo.method.online_alpha import doubt_of_sampling
 
-    entry = read_manifest(Path(config.data.quads).parent).stage("sample") if config.data.quads else None
+    entry = Experiment(Path(config.data.quads).parent).stage("sample") if config.data.quads else None
     return None if entry is None else doubt_of_sampling(entry.config.get("sample", {}))
 
 
-def _write_held_out(trainer: Any, output: Path, tokens: Any, quads: Any, checkpoint: str | None) -> None:
+def _write_held_out(trainer: Any, experiment: Experiment, tokens: Any, quads: Any, checkpoint: str | None) -> None:
     """``held_out.jsonl``, by the final model. A finished run that is run again takes no step and keeps what it wrote."""
     from bvpo.evaluation.held_out import held_out_pairs
 
-    path, summary = output / HELD_OUT, output / "summary.json"
+    path, summary = experiment.held_out, experiment.summary
     is_main, steps = trainer.is_world_process_zero(), trainer.state.global_step
     if tokens is None:
         if is_main:
@@ -335,7 +334,7 @@ def _write_held_out(trainer: Any, output: Path, tokens: Any, quads: Any, checkpo
         write_jsonl(path, held_out_pairs(margins, tokens, quads))
 
 
-def _finish(trainer: Any, output: Path, seconds: float, tokens: Any, eval_tokens: Any) -> None:
+def _finish(trainer: Any, experiment: Experiment, seconds: float, tokens: Any, eval_tokens: Any) -> None:
     """``summary.json`` for machines, a few lines for people."""
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -350,10 +349,10 @@ def _finish(trainer: Any, output: Path, seconds: float, tokens: Any, eval_tokens
         "eval": evaluations[-1] if evaluations else {},
         "held_out": None if eval_tokens is None else eval_tokens.fingerprint,
     }
-    write_atomically(output / "summary.json", json.dumps(summary, indent=1, default=float) + "\n")
+    write_atomically(experiment.summary, json.dumps(summary, indent=1, default=float) + "\n")
     counts = {"optimizer_steps": trainer.state.global_step, "quads": tokens.num_groups}
-    finish_stage(output.parent, "train", counts=counts)
-    logger.info("done         %d steps in %.1f s, model in %s", trainer.state.global_step, seconds, output / "final")
+    experiment.finish("train", counts=counts)
+    logger.info("done         %d steps in %.1f s, model in %s", trainer.state.global_step, seconds, experiment.final)
     for view in ("trace", "empty"):
         last = next((entry for entry in reversed(entries) if f"{view}/loss" in entry), None)
         if last:

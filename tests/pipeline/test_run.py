@@ -45,6 +45,7 @@ learning_rate = 1e-3
 save = "no"
 logging_steps = 1
 [evaluate]
+folder = "eval_long"
 max_new_tokens = 24
 [evaluate.benchmarks.talk]
 source = "split:test"
@@ -99,8 +100,9 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def test_results_agree_with_the_samples(finished: Path) -> None:
-    """Recomputed here from the sample stores with nothing but numpy. Mutation: a metric of the wrong mode, unclosed
-    responses left out, seeds weighed by their prompts, or a difference that is not paired."""
+    """Recomputed here from the sample stores with nothing but numpy, in a folder of evaluations with a name of its own.
+    Mutation: a metric of the wrong mode, unclosed responses left out, seeds weighed by their prompts, a difference that is
+    not paired, or `eval` written into any of run, report and gathering."""
     import numpy as np
 
     from bvpo.experiment import RecordStore
@@ -108,7 +110,7 @@ def test_results_agree_with_the_samples(finished: Path) -> None:
     from bvpo.strict import read_jsonl
 
     def rewards(seed: int, method: str, view: str) -> dict[str, float]:
-        place = finished / f"seed-{seed}" / method / "eval" / "talk"
+        place = finished / f"seed-{seed}" / method / "eval_long" / "talk"
         prompts = [p.id for p in read_jsonl(place / "prompts.jsonl", Prompt)]
         found: dict[str, float] = {}
         for sample in RecordStore(place / "samples", Sample):
@@ -198,6 +200,11 @@ def test_a_copied_experiment_is_read_where_it_is(
     assert main(["status", "experiments/moved"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["data", "1", "1", "0", "0"] in lines and ["mix", "1", "0", "1", "1"] in lines
+    assert main(["compare", "experiments/moved"]) == 0, "found where evaluate.folder put it"
+    capsys.readouterr()
+    assert main(["status", "experiments/moved/seed-1/mix"]) == 0
+    (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("evaluate")]
+    assert line[1:4] == ["finished", "2", "results"]
     assert main(["status", "experiments/moved", "--json"]) == 0
     assert [one["name"] for one in json.loads(capsys.readouterr().out)["methods"]] == ["data", "base", "dpo", "mix"]
 
@@ -206,7 +213,7 @@ def test_benchmarks_of_before_are_not_reported(finished: Path, tmp_path: Path, m
     """Mutation: a folder that an earlier config evaluated into, with other models' verdicts, among the results."""
     copy = shutil.copytree(finished.parents[1], tmp_path / "copy")
     monkeypatch.chdir(copy)
-    place = copy / "experiments" / "cmp" / "seed-1" / "dpo" / "eval"
+    place = copy / "experiments" / "cmp" / "seed-1" / "dpo" / "eval_long"
     shutil.copytree(place / "talk", place / "old")
     before = results(copy / "experiments" / "cmp")
     assert main(["report", "experiments/cmp"]) == 0

@@ -19,6 +19,7 @@ from models_fixtures import tiny_tokenizer
 
 from bvpo.config import load_config
 from bvpo.engines.base import ENGINES
+from bvpo.experiment import Experiment as Folder
 from bvpo.experiment import RecordStore, read_manifest
 from bvpo.formats import decode_completion, get_format, view_prompt
 from bvpo.records import VIEWS, Sample
@@ -229,7 +230,7 @@ def test_the_template_counts_whatever_the_engine_says(make: Any) -> None:
     config, other = load_config(experiment.config), copy.deepcopy(TOKENIZER)
     other.chat_template = f"{other.chat_template}{{# a comment #}}"
     first, again, changed = (
-        sample_stage._identity(config, experiment.folder, R1, tokenizer, {"engine": "x"})
+        sample_stage._identity(config, Folder(experiment.folder), R1, tokenizer, {"engine": "x"})
         for tokenizer in (TOKENIZER, copy.deepcopy(TOKENIZER), other)
     )
     assert first == again != changed

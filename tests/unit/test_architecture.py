@@ -18,6 +18,38 @@ TEXT = PAGE.read_text(encoding="utf-8")
 NAMED = re.findall(r"\[`([A-Za-z_][\w.]*)`\]\(\.\./(bvpo/[\w/]+\.py)\)", TEXT)
 
 
+# What stands in an experiment's folder; bvpo/experiment/folder.py alone says where.
+FILES = (
+    "prompts.jsonl", "prompts.dropped.jsonl", "quads.jsonl", "pairing.json", "verdicts.jsonl", "results.json",
+    "report.html", "held_out.jsonl", "declared.json", "tuned.json", "run.json", "manifest.json", "config.toml", "log.txt",
+    "analysis.json",
+)  # fmt: skip
+FOLDERS = ("samples", "failed", "scores", "judge", "train", "final", "preferences", "reference", "eval")
+
+
+def joined_paths(file: Path) -> set[str]:
+    """Names of an experiment's files anywhere in the code, of its folders where a path is joined, and the folder itself."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and node.value in FILES:
+            found.add(str(node.value))
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            right = node.right
+            if isinstance(right, ast.Constant) and str(right.value).partition("/")[0] in FOLDERS:
+                found.add(str(right.value))
+            if ast.unparse(node).endswith("config.root) / config.name"):
+                found.add("root / name")
+    return found
+
+
+def test_one_room_knows_the_experiment_folder() -> None:
+    """Mutation: `folder / "samples"` or "prompts.jsonl" in any stage. The folder of a tiny model is no experiment."""
+    files = [path for path in (ROOT / "bvpo").rglob("*.py") if path.parts[-2] not in ("experiment", "tiny")]
+    assert len(files) > 100
+    assert {str(path.relative_to(ROOT)): names for path in files if (names := joined_paths(path))} == {}
+    assert {"prompts.jsonl", "samples"} <= joined_paths(ROOT / "tests" / "look_fixtures.py"), "the check sees them"
+
+
 @cache
 def defined(path: str) -> set[str]:
     """Functions, classes and methods of a file."""

@@ -122,9 +122,10 @@ def test_tuning_has_its_own_seeds_prompts_and_folders(tmp_path: Path) -> None:
 
 
 def evaluated(folder: Path, value: float) -> Path:
-    """A folder that says it was evaluated, with this reward."""
-    place = folder / "eval" / "chat"
+    """A folder that says it was evaluated, with this reward, where its config says. Mutation: `eval` whatever that is."""
+    place = folder / "eval_long" / "chat"
     place.mkdir(parents=True)
+    (folder / "config.toml").write_text('[evaluate]\nfolder = "eval_long"\n')
     (place / "thinking.json").write_text(json.dumps({"metrics": {"reward": {"estimate": {"value": value}}}}))
     return folder
 

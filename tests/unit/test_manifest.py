@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from bvpo import files as disk_module
-from bvpo.experiment import begin_stage, check_stage, differences, finish_stage, forget_stage, read_manifest
+from bvpo.config import EvaluateConfig
+from bvpo.experiment import Experiment, begin_stage, check_stage, differences, finish_stage, forget_stage, read_manifest
 from bvpo.files import disk_error, write_atomically
 from bvpo.strict import UserError
 
@@ -130,3 +131,27 @@ def test_the_file_is_json_people_can_read(tmp_path: Path) -> None:
     text = (tmp_path / "manifest.json").read_text()
     assert json.loads(text)["stages"]["sample"]["config"]["seed"] == 42
     assert len(text.splitlines()) > 10
+
+
+def test_the_own_evaluation_is_found(tmp_path: Path) -> None:
+    """Mutations: `eval` whatever was asked for; the evaluation of another model taken for the experiment's own."""
+
+    def evaluation() -> tuple[str, str]:
+        experiment = Experiment(tmp_path)
+        return experiment.evaluation.name, experiment.evaluate_stage
+
+    assert evaluation() == ("eval", "evaluate")
+    (tmp_path / "config.toml").write_text('[evaluate]\nfolder = "eval_hard"\n')
+    assert evaluation() == ("eval_hard", "evaluate eval_hard")
+    for folder, model in (("eval", ""), ("eval_long", ""), ("eval_base", "base")):
+        stage = Experiment(tmp_path, folder).evaluate_stage
+        begin_stage(tmp_path, stage, config={"evaluate": {"folder": folder, "model": model}})
+    assert evaluation() == ("eval_long", "evaluate eval_long")
+
+
+def test_no_evaluation_takes_a_folder_that_holds_something_else(tmp_path: Path) -> None:
+    """Mutation: any of these left out of what evaluate.folder refuses."""
+    one = Experiment(tmp_path)
+    taken = one.samples_folder, one.scores_folder, one.judge_folder, one.train, one.preferences, one.reference
+    for place in taken:
+        assert list(EvaluateConfig(folder=place.name).contradictions()), place.name
