@@ -425,7 +425,7 @@ def test_help_describes_the_stage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         pair("--help")
     out = capsys.readouterr().out
-    assert stage.ABOUT.split(".")[0] in " ".join(out.split()) and re.search(r"--pair\.min_margin float", out)
+    assert stage.ABOUT.split(".")[0] in " ".join(out.split()) and re.search(r"--pair\.min_margin +0\.0 ", out)
 
 
 def test_silence_is_rejected_counted_and_exported_as_far_as_the_form_holds_it(tmp_path: Path) -> None:
