@@ -505,7 +505,8 @@ def main() -> int:
         "passed": passed,
     }
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"kill-{today}.json"
+    kind = "kill" if set(CAMPAIGNS) <= set(args.only) else "kill-part"  # the page quotes the newest whole one
+    path = args.results / f"{kind}-{today}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(found, indent=2))
     print(f"written to {path}")

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bvpo.formats import FORMATS, ReasoningFormat, completion_ids, view_prompt
-from bvpo.records import Message, View
+from bvpo.records import Message, Pair, Quad, Response, View
+from bvpo.training.tokenizing import TokenSettings, tokenize_views
 from tests.formats_fixtures import FAMILIES, format_of, tokenizer_of
 
 DOC = Path(__file__).parent.parent / "docs" / "formats.md"
@@ -34,7 +35,36 @@ def golden_lines(name: str) -> list[str]:
         ids = prompt.prompt_ids + completion_ids(tokenizer, fmt, view, *texts, finished=True)
         start = prompt.completion_start
         lines.append(f"{label}\n   … {shown(ids[max(0, start - _TAIL) : start])}\n   ║ {shown(ids[start:])}")
-    return lines
+    unclosed, silent = rejected_silence(name)
+    return [*lines, f"trace, unclosed\n   ║ {shown(unclosed)}", f"empty, no answer\n   ║ {shown(silent)}"]
+
+
+def rejected_silence(name: str) -> tuple[Sequence[int], Sequence[int]]:
+    """What training scores of a rejected trace that never closed and of a rejected empty answer, from sampled ids on."""
+    family, tokenizer, fmt = FAMILIES[name], tokenizer_of(name), format_of(name)
+    said = completion_ids(tokenizer, fmt, "trace", family.trace, family.answer, finished=True)
+    close = fmt.find_close(str(tokenizer.decode(said)))
+    assert close is not None
+    before = max(n for n in range(len(said)) if len(str(tokenizer.decode(said[:n]))) <= close[0])
+    pairs = {}
+    for view, rejected in (
+        ("trace", said[:before]),
+        ("empty", completion_ids(tokenizer, fmt, "empty", None, "", True)),
+    ):
+        prompt = view_prompt(tokenizer, fmt, EXAMPLE, view)
+        chosen = said if view == "trace" else completion_ids(tokenizer, fmt, view, None, family.empty_answer, True)
+        pairs[view] = Pair(
+            view=view,
+            chosen=Response(answer=family.answer, token_ids=tuple(chosen)),
+            rejected=Response(answer="", token_ids=tuple(rejected)),
+            prompt_ids=tuple(prompt.prompt_ids),
+            completion_start=prompt.completion_start,
+        )
+    found = tokenize_views(Quad(id="q", messages=EXAMPLE, **pairs), tokenizer, fmt, TokenSettings(max_length=500))
+    assert found.quad is not None and not found.drops, found.drops
+    trace, empty = found.quad.branches[1], found.quad.branches[3]
+    assert trace is not None and empty is not None
+    return trace.ids[trace.scored_from :].tolist(), empty.ids[empty.scored_from :].tolist()
 
 
 def golden_section() -> str:

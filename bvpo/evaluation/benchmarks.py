@@ -24,6 +24,7 @@ from bvpo.config.toml import UNSET
 from bvpo.evaluation.benchmark_prompts import BenchmarkPrompts, read_prompts
 from bvpo.evaluation.metrics import MODE_VIEWS, Mode
 from bvpo.experiment import Experiment
+from bvpo.scorers.base import ReplyCache, Scorer, create_scorer
 from bvpo.scorers.function import FIELD, FunctionScorer
 from bvpo.strict import UserError
 
@@ -82,31 +83,36 @@ class Benchmark:
         return (self.settings.metric, *self.settings.more)
 
     def without_answer(self, metric: str) -> float | Rule | None:
-        """What a response without an answer counts: a number, what the metric's function says of the empty text, or the
-        lowest score; ``None`` leaves it out."""
+        """What a response without an answer counts: a number, what the metric's scorer says of the empty text (a function,
+        or a judge that rates), or the lowest score (comparisons, reward models); ``None`` leaves it out."""
         if metric in self.settings.unclosed:
             value = self.settings.unclosed[metric]
             return None if value == UNSET else float(value)
         if self.no_answer == "drop":
             return None
-        return "scored" if self._of_function(metric) else "lowest"
+        return "scored" if self._of_function(metric) or self._rated_by_judge else "lowest"
 
     def most_for_silence(self, metric: str) -> float | None:
         """The most that a response without an answer may count where it has no score. It loses every comparison of a judge,
-        or gets its lowest rating; a function that fails on the empty text finds nothing right; the scores of a reward model
-        have no such number, and the lowest that is seen decides alone."""
-        judge = self.config.score.judge
+        and gets the lowest rating of one that gives it none; a function that fails on the empty text finds nothing right;
+        the scores of a reward model have no such number, and the lowest that is seen decides alone."""
         if self._of_function(metric):
             return 0.0
         if self.config.score.scorer == "judge":
-            return judge.rating_min if judge.mode == "pointwise" else 0.0
+            return self.config.score.judge.rating_min if self._rated_by_judge else 0.0
         return None
+
+    @property
+    def _rated_by_judge(self) -> bool:
+        """Whether a judge gives the main metric by rating each answer alone. Further metrics are functions."""
+        return self.config.score.scorer == "judge" and self.config.score.judge.mode == "pointwise"
 
     def _of_function(self, metric: str) -> bool:
         return metric in self.more or self.config.score.scorer == "function"
 
-    def function_of(self, metric: str) -> FunctionScorer:
-        return self.more[metric] if metric in self.more else FunctionScorer(self.config.score.function)
+    def scorer_of(self, metric: str, replies: ReplyCache | None) -> Scorer:
+        """``replies``: those that a judge gave already."""
+        return self.more[metric] if metric in self.more else create_scorer(self.config.score, replies)
 
 
 def prepare(config: ExperimentConfig, model: ModelConfig, name: str, own: BenchmarkConfig) -> Benchmark:

@@ -12,6 +12,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -43,8 +44,8 @@ from bvpo.files import disk_errors, make_folder
 from bvpo.formats import answer_offset, resolve_format
 from bvpo.records import Prompt, View
 from bvpo.report.tables import evaluation_table
-from bvpo.scorers.base import ScoreItem
-from bvpo.scorers.function import FunctionScorer
+from bvpo.scorers.base import ScoreItem, Scorer
+from bvpo.scorers.replies import ReplyStore
 from bvpo.strict import OtherSettings, UserError, to_dict, to_json, write_jsonl
 from bvpo.verbs import run_stage
 
@@ -189,8 +190,7 @@ def make_verdicts(benchmark: Benchmark, prompts: Sequence[Prompt]) -> Iterator[V
     scores = _read_scores(benchmark.experiment)
     trace_tokens = _TraceTokens(benchmark.config.model)
     more = {metric: _judge_more(scorer, prompts, rows) for metric, scorer in benchmark.more.items()}
-    scored = [metric for metric in benchmark.metrics if benchmark.without_answer(metric) == "scored"]
-    silence = {metric: _judge_more(benchmark.function_of(metric), prompts, rows, silence=True) for metric in scored}
+    silence = _score_silence(benchmark, prompts, rows)
     for prompt in prompts:
         for mode in benchmark.modes:
             for index in range(benchmark.config.sample.num_samples):
@@ -220,14 +220,27 @@ def _read_scores(experiment: Experiment) -> dict[str, LastScore]:
     return last_scores(experiment.scores().columns("sample_key", "scorer", "value", "error", "extra"), scorer)
 
 
+def _score_silence(
+    benchmark: Benchmark, prompts: Sequence[Prompt], rows: Mapping[tuple[str, View, int], Mapping[str, Any]]
+) -> dict[str, dict[str, LastScore]]:
+    """Metric -> sample key -> what its scorer says of the empty text. A judge is asked once per prompt, and its replies are
+    kept beside those about answers."""
+    asked = [metric for metric in benchmark.metrics if benchmark.without_answer(metric) == "scored"]
+    replies = ReplyStore(Path(benchmark.config.score.judge.cache or benchmark.folder / "judge"))
+    with closing(replies):
+        return {
+            metric: _judge_more(benchmark.scorer_of(metric, replies), prompts, rows, silence=True) for metric in asked
+        }
+
+
 def _judge_more(
-    scorer: FunctionScorer,
+    scorer: Scorer,
     prompts: Sequence[Prompt],
     rows: Mapping[tuple[str, View, int], Mapping[str, Any]],
     *,
     silence: bool = False,
 ) -> dict[str, LastScore]:
-    """Sample key -> what the function says of its answer; equal answers to one prompt are judged once. ``silence``: of the
+    """Sample key -> what the scorer says of its answer; equal answers to one prompt are judged once. ``silence``: of the
     responses without an answer instead, whose text is empty."""
     by_id = {prompt.id: prompt for prompt in prompts}
     keys: dict[tuple[str, str], list[str]] = {}
@@ -235,6 +248,8 @@ def _judge_more(
         text = answer_text(row["answer"])
         if (text is None) == silence and row["error"] is None and prompt_id in by_id:
             keys.setdefault((prompt_id, text or ""), []).append(row["key"])
+    if not keys:
+        return {}  # a judge is not even connected to
     items = (
         ScoreItem(key=same[0], messages=by_id[id].messages, answer=text, meta=by_id[id].meta)
         for (id, text), same in keys.items()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_RULES = 2  # of which pairs are kept: part of the fingerprint, so that tokens made under others are made anew
+_RULES = 3  # of which pairs are kept: part of the fingerprint, so that tokens made under others are made anew
 OVER_LONG = "over_long"
 IDENTICAL = "identical"
 EMPTY_ANSWER = "empty_answer"
@@ -63,7 +63,7 @@ class TokenSettings:
 
     ``vocab_size`` is the number of rows of the model's embedding; None leaves ids unchecked against it. ``keep_groups``:
     whether members of a group beyond the first are kept, for the trace estimator 'traces'. ``answer_only``: whether the
-    trace view scores answers alone, so that a response without an answer has nothing to score.
+    trace view scores answers alone, so that a response without a token after its trace has nothing to score.
     """
 
     max_length: int
@@ -163,6 +163,8 @@ def _tokenize_pair(quad: Quad, pair: Pair, view: View, rules: _Rules) -> _PairTo
         return drop(NO_PROMPT_TOKEN, "the training prompt is empty")
     forced = prompt_ids[start:]  # the forced closing marker of the empty view, scored as paper C.3 does
     responses: list[tuple[Ids, int]] = []
+    # Silence can be rejected where it has a token to score. It is what was sampled: an unclosed trace has neither closing
+    # marker nor end-of-sequence token, and all of it is trace.
     for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         try:
             raw = _response_ids(response, view, rules)
@@ -171,7 +173,9 @@ def _tokenize_pair(quad: Quad, pair: Pair, view: View, rules: _Rules) -> _PairTo
         ids = _checked_ids(raw, rules, f"{where}, {side}")
         offset = answer_offset(rules.tokenizer, rules.fmt, view, raw)
         silent = offset is None or not response.answer.strip() or offset >= len(ids)
-        if silent and not _may_be_silent(side, view, len(forced) + len(ids), rules):
+        num_answer = 0 if offset is None else len(ids) - offset
+        num_scored = num_answer if view == "trace" and rules.settings.answer_only else len(forced) + len(ids)
+        if silent and not (side == "rejected" and num_scored):
             if offset is None:
                 return drop(UNCLOSED_TRACE, f"{side}: no closing marker in {len(ids)} tokens")
             return drop(EMPTY_ANSWER, f"{side}: nothing after the trace")
@@ -186,13 +190,6 @@ def _tokenize_pair(quad: Quad, pair: Pair, view: View, rules: _Rules) -> _PairTo
             raise UserError(f"{where}: {longest} tokens, expected at most max_length = {max_length}")
         return drop(OVER_LONG, f"{longest} tokens, max_length {max_length}")
     return _PairTokens(prompt=prompt_ids[:start], responses=(chosen, rejected))
-
-
-def _may_be_silent(side: str, view: View, num_scored: int, rules: _Rules) -> bool:
-    """Whether a response without an answer can be trained on: as the rejected one, where its tokens are scored. They are
-    what was sampled: an unclosed trace has neither closing marker nor end-of-sequence token, and all of it is trace."""
-    answer_only = view == "trace" and rules.settings.answer_only
-    return side == "rejected" and num_scored > 0 and not answer_only
 
 
 def _is_sampled(pair: Pair, view: View, where: str) -> bool:

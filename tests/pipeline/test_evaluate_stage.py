@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from judge_server import judge_server
 from look_fixtures import save_talking_model
 from models_fixtures import tiny_tokenizer
 from scipy import stats
@@ -345,6 +346,39 @@ def test_what_counts_without_an_answer_can_be_set(lab: Lab, caplog: pytest.LogCa
     assert (
         dropped["num_samples"] == before["reward"]["num_samples"] - unclosed and f"({unclosed} dropped)" in caplog.text
     )
+
+
+@pytest.mark.parametrize("says", ["[[3]]", "an answer is missing"], ids=["rated", "refused"])
+def test_a_judge_that_rates_is_asked_about_silence_once_per_prompt(lab: Lab, says: str) -> None:
+    """Mutation: the judge's rating of the empty text not used, asked again for each sample or run, or a reply without a
+    rating taken for anything but the lowest rating."""
+    (lab.root / "rubric.txt").write_text("{prompt}|{answer}|")
+
+    def judge(text: str, number: int) -> str:
+        return says if text.endswith("||") else "[[7]]"
+
+    with judge_server(judge) as server:
+        flags = ["--score.scorer", "judge", "--score.judge.model", "j", "--score.judge.base_url", server.url]
+        flags += ["--score.judge.template", str(lab.root / "rubric.txt"), "--evaluate.folder", "judged"]
+        flags += ["--evaluate.benchmarks.chat.num_samples", "3", "--evaluate.modes", "thinking"]
+        lab.config.write_text(
+            lab.config.read_text().replace(f'scorer = "function"\nfunction.path = "{lab.root}', '# "')
+        )
+        assert lab.evaluate(*flags) == 0
+        place = lab.folder / "judged" / "chat"
+        silent = [s for s in RecordStore(place / "samples", Sample) if not (s.answer or "").strip()]
+        prompts = {s.prompt_id for s in silent}
+        asked = [text for text in server.texts if text.endswith("||")]
+        assert len(asked) == len(set(asked)) == len(prompts) < len(silent)
+        files = [(place / name).read_bytes() for name in ("verdicts.jsonl", "thinking.json")]
+        server.texts.clear()
+        assert lab.evaluate(*flags) == 0
+        assert [(place / name).read_bytes() for name in ("verdicts.jsonl", "thinking.json")] == files
+        assert len(server.texts) == (0 if says == "[[3]]" else len(prompts)), "a rating is kept, and nothing else"
+    values = {
+        v.values["reward"] for v in read_jsonl(place / "verdicts.jsonl", Verdict) if not (v.closed and v.answered)
+    }
+    assert values == ({3.0} if says == "[[3]]" else {1.0})
 
 
 def test_samples_that_could_not_be_drawn(lab: Lab) -> None:

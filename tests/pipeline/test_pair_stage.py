@@ -27,6 +27,7 @@ from bvpo.records import VIEWS, Prompt, Quad, Sample, Score
 from bvpo.stages import pair as stage
 from bvpo.strict import from_dict, read_jsonl
 from bvpo.training.data import load_quads
+from bvpo.training.tokenizing import TokenSettings, tokenize_views
 
 
 @pytest.fixture(autouse=True)
@@ -425,7 +426,7 @@ def test_help_describes_the_stage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         pair("--help")
     out = capsys.readouterr().out
-    assert stage.ABOUT.split(".")[0] in " ".join(out.split()) and re.search(r"--pair\.min_margin +0\.0", out)
+    assert stage.ABOUT.split(".")[0] in " ".join(out.split()) and re.search(r"--pair\.min_margin +0\.0 ", out)
 
 
 def test_silence_is_rejected_counted_and_exported_as_far_as_the_form_holds_it(tmp_path: Path) -> None:
@@ -454,3 +455,30 @@ def test_silence_is_rejected_counted_and_exported_as_far_as_the_form_holds_it(tm
     assert quad.empty is None and quad.trace is not None and quad.trace.rejected.token_ids == unclosed.token_ids
     assert (quad.trace.rejected.answer, quad.trace.rejected.trace) == ("", unclosed.text)
     assert not quad.trace.rejected.finished and preference_row(quad, "trace") is None
+
+
+def test_rejected_silence_has_its_sampled_tokens_after_the_preference_set(tmp_path: Path) -> None:
+    """Mutation: white space lost on the way, so that training would reject tokens that were never sampled, or an end of
+    sequence lost."""
+    tokenizer, fmt = tokenizer_of("r1-distill"), FORMATS["r1-distill"]
+    prompts, samples = make_prompts(2), []
+    for prompt, silence in zip(prompts, ("", " \n"), strict=True):
+        sent = view_prompt(tokenizer, fmt, prompt.messages, "empty")
+        for index, answer in enumerate(("yes", silence)):
+            ids = completion_ids(tokenizer, fmt, "empty", None, answer, True)
+            sample = make_sample(prompt.id, "empty", index, answer, prompt_ids=tuple(sent.prompt_ids))
+            samples.append(replace(sample, token_ids=tuple(ids), completion_start=sent.completion_start))
+    folder = make_experiment(tmp_path, prompts, samples)
+    write_scores(folder, (scored(s, 1.0 if s.index == 0 else None) for s in samples))
+    assert pair(write_config(tmp_path, "[pair]\nno_answer = 'reject'\n")) == 0
+    sampled = DataConfig(quads=str(folder / "quads.jsonl"))
+    exported = DataConfig(empty=str(folder / "preferences" / "empty"))
+    found = []
+    for config in (sampled, exported):
+        quads = sorted(load_quads(config, fmt).train, key=lambda quad: quad.messages[0].content)
+        tokens = [tokenize_views(quad, tokenizer, fmt, TokenSettings(max_length=500)).quad for quad in quads]
+        branches = [quad.branches[3] for quad in tokens if quad is not None]
+        found.append([branch.ids.tolist() for branch in branches if branch is not None])
+    close, eos = tokenizer.encode("</think>", add_special_tokens=False), tokenizer.eos_token_id
+    assert found[0] == found[1] and found[0][0] == [*close, eos] and len(found[0]) == 2
+    assert [ids[len(close) :] for ids in found[0]] == [list(s.token_ids) for s in samples if s.index == 1]

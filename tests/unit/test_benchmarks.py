@@ -86,7 +86,8 @@ def test_numbers_are_compared_at_the_digits_they_have(said):
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    """Without a clock of its own: a loaded machine is slow, and a hang ends with the test's timeout."""
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_the_performance_page_is_written_from_the_results():

@@ -206,12 +206,14 @@ def test_a_pair_is_dropped_for_its_reason_and_the_other_view_lives(reason):
 
 def test_silence_can_be_rejected_as_it_was_sampled_and_never_chosen():
     """Mutation: a closing marker or end of sequence added to an unclosed trace, or such a pair kept where the trace view
-    scores answers alone, of which there are none."""
+    scores answers alone, of which it has no token, or lost where its end of sequence is one."""
     answer, thought = [*ids_of("Hm"), *CLOSE, *ids_of("No."), EOS], ids_of("Hm so")
     forced = text_quad(trace=None, empty=None)
     pairs = {
         "unclosed": sampled_pair("trace", answer, thought),
         "closed, cut there": sampled_pair("trace", answer, [*thought, *CLOSE]),
+        "closed, ended there": sampled_pair("trace", answer, [*thought, *CLOSE, EOS]),
+        "forced marker alone": sampled_pair("empty", ids_of("Yes."), []),
         "empty": sampled_pair("empty", ids_of("Yes."), [EOS]),
     }
     for name, pair in pairs.items():
@@ -221,10 +223,10 @@ def test_silence_can_be_rejected_as_it_was_sampled_and_never_chosen():
         assert branch is not None and pair.prompt_ids is not None and pair.rejected.token_ids is not None, name
         assert [*quad.prefix_ids, *branch.ids] == [*pair.prompt_ids, *pair.rejected.token_ids], name
         answer_tokens = len(branch.ids) - branch.answer_from
-        assert answer_tokens == (1 if pair.view == "empty" else 0), name
+        assert answer_tokens == (1 if name in ("empty", "closed, ended there") else 0), name
         alone = replace(SETTINGS, answer_only=True)
         kept = tokenize_quad(replace(forced, **{pair.view: pair}), TOKENIZER, FMT, alone)
-        assert isinstance(kept, Drop) == (pair.view == "trace"), name
+        assert isinstance(kept, Drop) == (name in ("unclosed", "closed, cut there")), name
         lost = tokenize_quad(replace(forced, **{pair.view: pair.swap()}), TOKENIZER, FMT, SETTINGS)
         assert isinstance(lost, Drop) and lost.reason in (tokenizing.UNCLOSED_TRACE, tokenizing.EMPTY_ANSWER), name
 
