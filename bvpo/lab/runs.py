@@ -17,7 +17,7 @@ from bvpo.config import AnchorConfig, LossConfig
 from bvpo.lab.policies import EMPTY, LogProbs, log_probs
 from bvpo.lab.worlds import QuadBatch, World
 from bvpo.method.losses import PairLogps, kl_from_logits, nll_anchor, pair_loss
-from bvpo.method.mixing import mix_views
+from bvpo.method.mixing import Weights, mix_views
 from bvpo.records import View
 
 
@@ -96,10 +96,11 @@ def batch_loss(world: World, theta: Tensor, quads: QuadBatch, training: Training
     probs = log_probs(world.policy.tree, *world.policy.logits(theta))
     trace_view, empty_view = view_losses(world, probs, quads, training.loss)
     counts: dict[View, int] = {"trace": len(quads), "empty": len(quads)}
-    total = mix_views({"trace": trace_view.sum(), "empty": empty_view.sum()}, counts, training.alpha)
+    anchor = None
     if training.anchor.kind != "none":
-        total = total + training.anchor.weight * anchor_terms(world, probs, quads, training.anchor).mean()
-    return total
+        anchor = anchor_terms(world, probs, quads, training.anchor).sum()
+    weights = Weights.of(training.alpha, counts, training.anchor.weight)
+    return mix_views({"trace": trace_view.sum(), "empty": empty_view.sum()}, weights, anchor)
 
 
 def batch_gradient(world: World, theta: Tensor, quads: QuadBatch, training: Training) -> Tensor:
@@ -145,6 +146,6 @@ def quad_gradients(world: World, theta: Tensor, quads: QuadBatch, loss: LossConf
     theta = theta.detach().requires_grad_()
     probs = log_probs(world.policy.tree, *world.policy.logits(theta))
     trace_view, empty_view = view_losses(world, probs, quads, loss)
-    mixed = mix_views({"trace": trace_view, "empty": empty_view}, {"trace": 1, "empty": 1}, alpha)
+    mixed = mix_views({"trace": trace_view, "empty": empty_view}, Weights.of(alpha, {"trace": 1, "empty": 1}))
     every = torch.eye(len(mixed), dtype=mixed.dtype)
     return torch.autograd.grad(mixed, theta, every, is_grads_batched=True)[0]

@@ -1,8 +1,8 @@
-"""The weight between the two views, and how their losses become one number.
+"""The weight between the two views, and how their losses become one number: in training, evaluation and laboratory.
 
 In: per-view sums of pair losses (local to one micro-batch on one rank), the *global* pair counts of the optimizer step,
-and alpha. Out: this micro-batch's share of  L_c = alpha * L_t + (1 - alpha) * L_e  (BVPO, arXiv 2510.05095, eq. 2);
-summed over micro-batches and ranks the shares are exactly L_c. Nothing here communicates, counts or steps.
+and alpha. Out: this micro-batch's share of  L_c = alpha * L_t + (1 - alpha) * L_e  (BVPO, arXiv 2510.05095, eq. 2), plus
+the anchor's; summed over micro-batches and ranks the shares are exactly L_c. Nothing here communicates, counts or steps.
 """
 
 from __future__ import annotations
@@ -91,17 +91,35 @@ def view_weight(alpha: float, view: View, count: int) -> float:
     return share / count if count else 0.0
 
 
-def mix_views(loss_sums: Mapping[View, Tensor], pair_counts: Mapping[View, int], alpha: float) -> Tensor:
-    """This micro-batch's share of L_c: sum over views of weight / global count * local sum of pair losses; a scalar.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """What one pair counts: alpha / N_trace and (1 - alpha) / N_empty with the step's global pair counts; and what the
+    anchor of one trace pair does."""
 
-    ``loss_sums``: the local sums (scalars); a view without local pairs may be left out. ``pair_counts``: the *global*
-    numbers of pairs in the optimizer step. A view of weight 0 still hangs on the graph (its gradient is exactly zero),
-    so that every rank runs the same backward passes.
+    views: dict[View, float]
+    anchor: float
+
+    @classmethod
+    def of(cls, alpha: float, pairs: Mapping[View, int], anchor_weight: float = 0.0) -> Weights:
+        num_trace = pairs["trace"]
+        return cls(
+            views={view: view_weight(alpha, view, pairs[view]) for view in VIEWS},
+            anchor=anchor_weight / num_trace if num_trace else 0.0,
+        )
+
+
+def mix_views(loss_sums: Mapping[View, Tensor], weights: Weights, anchor_sum: Tensor | None = None) -> Tensor:
+    """This micro-batch's share of L_c: the sum over views of weight * local sum of pair losses; a scalar for scalars.
+
+    ``loss_sums``: the local sums; a view without local pairs may be left out. ``anchor_sum``: the anchor's over the local
+    trace pairs. A view of weight 0 still hangs on the graph (its gradient is exactly zero), so that every rank runs the
+    same backward passes.
     """
-    total: Tensor | None = None
+    assert set(loss_sums) <= set(VIEWS), f"unknown views {sorted(set(loss_sums) - set(VIEWS))}"
+    parts: list[Tensor] = []
     for view in VIEWS:  # a fixed order, so that the sum's rounding does not depend on the caller's dict
         if view in loss_sums:
-            part = view_weight(alpha, view, pair_counts[view]) * loss_sums[view]
-            total = part if total is None else total + part
-    assert set(loss_sums) <= set(VIEWS), f"unknown views {sorted(set(loss_sums) - set(VIEWS))}"
-    return torch.zeros(()) if total is None else total
+            parts.append(weights.views[view] * loss_sums[view])
+        if view == "trace" and anchor_sum is not None:
+            parts.append(weights.anchor * anchor_sum)
+    return sum(parts[1:], start=parts[0]) if parts else torch.zeros(())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bvpo.config import AnchorConfig, LossConfig
 from bvpo.method.losses import PairLogps, nll_anchor, resolve_loss
-from bvpo.method.mixing import view_weight
+from bvpo.method.mixing import Weights, mix_views
 from bvpo.method.traces import TraceGroups, marginal_pairs, mean_pairs
 from bvpo.records import VIEWS, View
 from bvpo.strict import UserError
@@ -41,22 +41,6 @@ STATISTICS = (
     "anchor",
     "count",
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
-    """What one pair counts: alpha / N_trace and (1 - alpha) / N_empty with the step's global pair counts."""
-
-    views: dict[View, float]
-    anchor: float
-
-    @classmethod
-    def of(cls, alpha: float, pairs: dict[View, int], anchor_weight: float) -> Weights:
-        num_trace = pairs["trace"]
-        return cls(
-            views={view: view_weight(alpha, view, pairs[view]) for view in VIEWS},
-            anchor=anchor_weight / num_trace if num_trace else 0.0,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,19 +98,20 @@ class Objective:
         ``groups`` says which of the quads with a trace pair (``present[0]``) hold traces of the same answers; without it
         each stands for itself. Only the estimator 'traces' reads it.
         """
-        # Adding 0 * sum keeps every rank's graph connected when a micro-batch has no pair of some view.
-        total = 0.0 * sums.policy.sum()
         statistics = sums.policy.new_zeros(len(VIEWS), len(STATISTICS), requires_grad=False)
+        losses: dict[View, Tensor] = {}
+        anchor_sum: Tensor | None = None
         for v, view in enumerate(VIEWS):
             if len(present[v]):
-                share, row = self._view(sums, v, view, present[v], weights, groups)
-                total = total + share
-                statistics[v] = row
-        return total, statistics
+                losses[view], anchor, statistics[v] = self._view(sums, v, view, present[v], groups)
+                anchor_sum = anchor_sum if anchor is None else anchor
+        # Adding 0 * sum keeps every rank's graph connected when a micro-batch has no pair of some view.
+        return 0.0 * sums.policy.sum() + mix_views(losses, weights, anchor_sum), statistics
 
     def _view(
-        self, sums: Sums, v: int, view: View, index: Tensor, weights: Weights, groups: TraceGroups | None
-    ) -> tuple[Tensor, Tensor]:
+        self, sums: Sums, v: int, view: View, index: Tensor, groups: TraceGroups | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Sum of the pairs' losses, sum of the anchor's terms where the view has one, and statistics."""
         chosen, rejected = 2 * v, 2 * v + 1
         policy, lengths = sums.policy[index], sums.lengths[index]
         reference = None if sums.reference is None else sums.reference[index].to(policy.dtype)
@@ -145,10 +130,8 @@ class Objective:
             compared, logps = marginal_pairs(logps, groups), mean_pairs(logps, groups)
             anchor = None if anchor is None else groups.mean(anchor)
         result = self._loss.fn(compared, **self._hyperparameters)
-        share = weights.views[view] * result.loss.sum()
-        if anchor is not None:
-            share = share + weights.anchor * anchor.sum()
-        return share, self._statistics(logps, result, anchor)
+        anchor_sum = None if anchor is None else anchor.sum()
+        return result.loss.sum(), anchor_sum, self._statistics(logps, result, anchor)
 
     def _scored(self, parts: Tensor, view: View) -> Tensor:
         """[B, 2] part sums -> [B] sums over the tokens that the view's log-ratio is made of."""

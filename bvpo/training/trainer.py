@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
-from bvpo.method.mixing import AlphaSource
+from bvpo.method.mixing import AlphaSource, Weights, mix_views
 from bvpo.records import View
 from bvpo.strict import UserError
 from bvpo.training import checkpoints, dropout, policy, reference
@@ -48,7 +48,7 @@ from bvpo.training.loading import (
     shard_frozen,
     with_adapter,
 )
-from bvpo.training.objective import STATISTICS, Objective, Weights, describe
+from bvpo.training.objective import STATISTICS, Objective, describe
 from bvpo.training.probe.samples import Plan, Rows, take
 from bvpo.training.probe.telemetry import Telemetry
 from bvpo.training.refcache import ReferenceCache, cache_fingerprint, weights_fingerprint
@@ -471,9 +471,13 @@ class BVPOTrainer(Trainer):
 
     def _mixed_loss(self, metrics: dict[str, float], prefix: str, alpha: float) -> float:
         """alpha * trace + (1 - alpha) * empty + anchor, of the held-out means."""
-        trace, empty = (metrics.get(f"{prefix}_{view}/loss", 0.0) for view in ("trace", "empty"))
-        anchor = metrics.get(f"{prefix}_trace/anchor", 0.0)
-        return alpha * trace + (1 - alpha) * empty + self.args.anchor_weight * anchor
+
+        def mean(name: str) -> Tensor:
+            return torch.tensor(metrics.get(f"{prefix}_{name}", 0.0), dtype=torch.float64)
+
+        means: dict[View, Tensor] = {"trace": mean("trace/loss"), "empty": mean("empty/loss")}
+        one_each = Weights.of(alpha, {"trace": 1, "empty": 1}, self.args.anchor_weight)
+        return float(mix_views(means, one_each, mean("trace/anchor")))
 
     def _evaluate_steps(self, model: nn.Module, steps: StepDataset) -> Tensor:
         total = torch.zeros(2, len(STATISTICS), device=self.accelerator.device, dtype=torch.float64)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bvpo.config import AlphaConfig, LossConfig
 from bvpo.method.losses import PairLogps, pair_loss
-from bvpo.method.mixing import AlphaSource, ScheduledAlpha, alpha_at, mix_views, view_weight
+from bvpo.method.mixing import AlphaSource, ScheduledAlpha, Weights, alpha_at, mix_views, view_weight
 from bvpo.strict import UserError
 
 F64 = torch.float64
@@ -83,7 +83,7 @@ def test_progress_outside_the_run(progress):
 
 def test_hand_value():
     """0.25 * 6 / 3 + 0.75 * 10 / 4. Mutation: alpha on the wrong view, or one count for both views."""
-    loss = mix_views({"trace": scalar(6.0), "empty": scalar(10.0)}, {"trace": 3, "empty": 4}, 0.25)
+    loss = mix_views({"trace": scalar(6.0), "empty": scalar(10.0)}, Weights.of(0.25, {"trace": 3, "empty": 4}))
     assert loss.shape == () and loss.item() == pytest.approx(2.375, rel=1e-15)
 
 
@@ -91,7 +91,7 @@ def test_alpha_one_and_zero_are_the_single_views():
     """Value and gradient, exactly. Mutation: any leak of the other view."""
     trace, empty = scalar(6.0).requires_grad_(), scalar(10.0).requires_grad_()
     for alpha, value, gradients in ((1.0, 2.0, (1 / 3, 0.0)), (0.0, 2.5, (0.0, 0.25))):
-        loss = mix_views({"trace": trace, "empty": empty}, {"trace": 3, "empty": 4}, alpha)
+        loss = mix_views({"trace": trace, "empty": empty}, Weights.of(alpha, {"trace": 3, "empty": 4}))
         assert loss.item() == value
         # both views hang on the graph (allow_unused=False): every rank runs the same backward
         assert tuple(g.item() for g in torch.autograd.grad(loss, (trace, empty))) == gradients
@@ -100,11 +100,11 @@ def test_alpha_one_and_zero_are_the_single_views():
 def test_a_view_without_pairs_contributes_zero_and_alpha_stays():
     """Mutation: 0 / 0, or the present view's weight raised to 1."""
     sums = {"trace": scalar(6.0), "empty": scalar(0.0)}
-    assert mix_views(sums, {"trace": 3, "empty": 0}, 0.25).item() == pytest.approx(0.5)
-    assert mix_views({"trace": scalar(6.0)}, {"trace": 3, "empty": 0}, 0.25).item() == pytest.approx(0.5)
+    assert mix_views(sums, Weights.of(0.25, {"trace": 3, "empty": 0})).item() == pytest.approx(0.5)
+    assert mix_views({"trace": scalar(6.0)}, Weights.of(0.25, {"trace": 3, "empty": 0})).item() == pytest.approx(0.5)
     # pairs of a view that lie on other ranks still count
-    assert mix_views({"trace": scalar(6.0)}, {"trace": 3, "empty": 9}, 0.25).item() == pytest.approx(0.5)
-    assert mix_views({}, {"trace": 3, "empty": 9}, 0.25).item() == 0.0
+    assert mix_views({"trace": scalar(6.0)}, Weights.of(0.25, {"trace": 3, "empty": 9})).item() == pytest.approx(0.5)
+    assert mix_views({}, Weights.of(0.25, {"trace": 3, "empty": 9})).item() == 0.0
     assert view_weight(0.25, "empty", 0) == 0.0
 
 
@@ -121,7 +121,7 @@ def test_view_weight():
 def test_unknown_view_is_refused():
     """Mutation: a misspelt view that drops out of the loss."""
     with pytest.raises(AssertionError, match="unknown views"):
-        mix_views({"traces": scalar(1.0)}, {"traces": 1}, 0.5)  # type: ignore[dict-item]
+        mix_views({"traces": scalar(1.0)}, Weights.of(0.5, {"trace": 1, "empty": 1}))  # type: ignore[dict-item]
 
 
 @given(st.integers(1, 12), st.integers(0, 12), unit, st.integers(0, 2**31 - 1), st.integers(1, 6))
@@ -150,7 +150,7 @@ def test_any_partition_of_a_step_gives_the_same_loss_and_gradient(num_trace, num
                     rejected_lengths=lengths,
                 )
                 sums[view] = pair_loss(LossConfig(), pairs).loss.sum()
-        return mix_views(sums, counts, alpha)
+        return mix_views(sums, Weights.of(alpha, counts))
 
     whole = share({view: torch.arange(num) for view, num in counts.items()})
     parts = [share({view: (part_of[view] == i).nonzero()[:, 0] for view in counts}) for i in range(num_parts)]

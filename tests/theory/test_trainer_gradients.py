@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from training_fixtures import make_trainer, step_gradients, tiny_causal_lm, use_exact_norms
 
+from bvpo.lab import theorems
+from bvpo.method import mixing
 from bvpo.training.tokens import Branch, TokenQuad
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -159,6 +161,35 @@ def test_the_trainers_trace_view_is_biased_at_the_papers_temperature(tmp_path):
         assert bias[temperature] == pytest.approx(expected, rel=1e-6, abs=1e-20)
     assert bias[1.0] <= 1e-18
     assert bias[0.8] >= 1e-4
+
+
+def test_trainer_evaluation_and_laboratory_mix_by_one_function(tmp_path, monkeypatch):
+    """All three are red when the weights are wrong, and when the sum is. Mutation: any of them mixing on its own."""
+    monkeypatch.setattr(theorems, "every_loss", lambda: {"dpo": theorems.DPO})
+    assert mixing_errors(tmp_path / "honest") == pytest.approx((0, 0, 0), abs=1e-9)
+    honest = mixing.view_weight
+    with monkeypatch.context() as patch:
+        patch.setattr(mixing, "view_weight", lambda alpha, *given: honest(alpha**2, *given))
+        assert min(mixing_errors(tmp_path / "weights")) > 0.01
+    # whoever imported the function by name has the same object: its code is exchanged
+    monkeypatch.setattr(mixing.mix_views, "__code__", with_alpha_squared.__code__)
+    assert min(mixing_errors(tmp_path / "sum")) > 0.01
+
+
+def with_alpha_squared(loss_sums, weights, anchor_sum=None):
+    return sum(weights.views[view] ** (2 if view == "trace" else 1) * loss for view, loss in loss_sums.items())
+
+
+def mixing_errors(folder: Any, alpha: float = 0.3) -> tuple[float, float, float]:
+    """Relative errors of a training step's gradient, of the held-out loss, and of the laboratory's Theorem 1."""
+    trainer = make_trainer(folder, small_model(), token_quads(), beta=BETA, alpha=alpha, telemetry_steps=0)
+    trainer.fill_reference(trainer.model)
+    move(trainer.model)
+    trace, empty = exact_gradients(trainer.model, joint_logps(small_model()).detach())
+    expected = (alpha * trace + (1 - alpha) * empty).mean(0)
+    step = float((step_gradients(trainer)[1] - expected).norm() / expected.norm())
+    held_out = trainer._mixed_loss({"eval_trace/loss": 2.0, "eval_empty/loss": 5.0}, "eval", alpha)
+    return step, abs(held_out / (alpha * 2 + (1 - alpha) * 5) - 1), theorems.theorem_1(0, quick=True).value
 
 
 def _spread(gradients: Tensor, prob: Tensor) -> float:
