@@ -161,7 +161,7 @@ def _group(indices: Sequence[int], widths: np.ndarray, rows: np.ndarray | None, 
     room = width = 0
     for i in indices:
         size = int(widths[i]) if rows is None else int(rows[i]) * width
-        if budget is None or size > room:
+        if not groups or budget is None or size > room:
             groups.append([i])
             width = int(widths[i])
             room = (budget or 0) - width * (1 if rows is None else int(rows[i]))
