@@ -18,29 +18,19 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/quickstart.md", "docs/claims.md", "docs/estimators.md", "docs/performance.md")
+WITH_TABLES = (*PAGES, "docs/lab.md")
 PLOT = ROOT / "docs" / "images" / "growth.svg"
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-# Quoted already, not committed yet: what is bound to these kinds is not compared. Any other kind must be there.
-AWAITED = {"lab"}
-
-
-class NoResults(Exception):
-    """There is no file of a kind."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__(f"no {kind} results under {RESULTS}")
-        self.kind = kind
-
-
 @cache
-def newest(kind: str) -> dict[str, Any]:
-    """The newest file of a kind, and its name as ``file``."""
-    files = sorted(RESULTS.glob(f"{kind}-????-??-??.json"))
-    if not files:
-        raise NoResults(kind)
-    return json.loads(files[-1].read_text()) | {"file": files[-1].name}
+def newest(kind: str, part: str = "") -> dict[str, Any]:
+    """The newest file of a kind (that has this campaign, if one is named), and its name as ``file``."""
+    for file in sorted(RESULTS.glob(f"{kind}-????-??-??.json"), reverse=True):
+        record = json.loads(file.read_text())
+        if not part or part in record["campaigns"]:
+            return record | {"file": file.name}
+    raise LookupError(f"no {kind} results under {RESULTS}")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -164,7 +154,8 @@ def sampling_parts() -> str:
 
 
 def kills() -> str:
-    record = newest("kill")
+    """Of records, then of training; a campaign stands in the newest file that has it, which need not have all."""
+    record = newest("kill", "sample, embedded engine")
     rows = []
     for name, row in record["campaigns"].items():
         if "lost" not in row:
@@ -180,9 +171,22 @@ def kills() -> str:
         "rounds",
         "records a round",
         "lost, doubled or changed",
+        "largest difference",
     ]
-    flat = record | {"machine": f"{record['machine']['cpus']} cores"}
-    return table([*header, "largest difference"], rows) + source(flat)
+    return table(header, rows) + killed_by(record) + "\n\n" + training_kills()
+
+
+def training_kills() -> str:
+    record = newest("kill", "train")
+    row = record["campaigns"]["train"]
+    compared = ", ".join(name.replace("_", "-") for name in row["compared"])
+    cells = ["train", row["kills"], row["rounds"], row["refusals"], row["rounds_that_differ"], compared]
+    header = ["what is killed", "kills", "rounds", "refused to go on", "rounds that differ", "compared byte by byte"]
+    return table(header, [cells]) + killed_by(record)
+
+
+def killed_by(record: dict[str, Any]) -> str:
+    return source(record | {"machine": f"{record['machine']['cpus']} cores"})
 
 
 # How the pages call the methods of the experiments.
@@ -310,7 +314,7 @@ LAB_RUNS = {
 
 def lab_rows(title: str) -> dict[str, dict[str, Any]]:
     """A table of ``bvpo lab`` by its title: first cell -> column -> cell."""
-    (found,) = [some for some in newest("lab")["findings"]["tables"] if some["title"] == title]
+    (found,) = [some for some in newest("lab")["tables"] if some["title"] == title]
     return {row[0]: dict(zip(found["header"], row, strict=True)) for row in found["rows"]}
 
 
@@ -335,12 +339,24 @@ def lab_runs() -> str:
     return table([*header, "trace KL", "other prompts", "`\\|b_t\\|^2 / \\|mu\\|^2` at the end"], rows)
 
 
+def lab_verdicts() -> str:
+    record = newest("lab")
+    rows = []
+    for found in record["verdicts"].values():
+        value = f"{found['value']:.2g}" if abs(found["value"]) < 1e-3 else f"{found['value']:.3g}"
+        bound = f"{'>=' if found['at_least'] else '<='} {found['bound']:g}"
+        rows.append([found["statement"], re.sub(r"[|*]", r"\\\g<0>", found["checked"]), value, bound])
+    seconds = f"; {record['seconds']['cpu']:.0f} s of CPU time"
+    return table(["statement", "what was checked", "number", "bound"], rows) + source(record) + seconds
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "vignette-headline": partial(vignette, HEADLINE),
     "vignette-methods": partial(vignette, tuple(VIGNETTE)),
     "lab-reference": partial(lab_estimators, "at the reference"),
     "lab-trained": partial(lab_estimators, "after 40 steps"),
     "lab-runs": lab_runs,
+    "lab-verdicts": lab_verdicts,
     "hard": partial(tournament, "tournament-hard", ESTIMATORS, "estimator"),
     "hard-declared": partial(declared, "tournament-hard"),
     "hard-weights": partial(tournament, "tournament-hard", WEIGHTS, "weight"),
@@ -358,15 +374,10 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def render(page: str) -> str:
-    """The page with every marked table written anew; one whose results are awaited stays as it is."""
+    """The page with every marked table written anew."""
 
     def fill(match: re.Match[str]) -> str:
-        try:
-            return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
-        except NoResults as missing:
-            if missing.kind not in AWAITED:
-                raise
-            return match[0]
+        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
 
     return re.sub(r"(<!-- table: ([a-z-]+) -->)\n.*?(<!-- end -->)", fill, page, flags=re.DOTALL)
 
@@ -393,7 +404,7 @@ def draw_growth() -> None:
 
 def main() -> None:
     stale = []
-    for name in PAGES:
+    for name in WITH_TABLES:
         page = (ROOT / name).read_text(encoding="utf-8")
         if (new := render(page)) != page:
             stale.append(name)

@@ -206,14 +206,16 @@ def enumerated_error(world: World, theta: Tensor, loss: LossConfig) -> Callable[
 
 def raw_step(found: Views, batch: int, eta_l: float = 1.0) -> Callable[[float], float]:
     """alpha -> |Bias|^2 + eta L Var (E|g_c - mu|^2 at eta L = 1) from raw second moments: no biases, no covariances."""
-    trace, empty, mu = found.trace, found.empty, found.target.mean
-    shared = trace.state.world.shared
-    product = trace.dot_given_data(empty) if shared else trace.dot_given_prompt(empty)
+    shared = found.trace.state.world.shared
+    product = found.trace.dot_given_data(found.empty) if shared else found.trace.dot_given_prompt(found.empty)
+    # what stays alive with the function: no enumeration
+    trace, empty, mu = found.trace.mean, found.empty.mean, found.target.mean
+    trace_second, empty_second = found.trace.second, found.empty.second
 
     def term(alpha: float) -> float:
         rest = 1 - alpha
-        mean = alpha * trace.mean + rest * empty.mean
-        second = alpha**2 * trace.second + rest**2 * empty.second + 2 * alpha * rest * product
+        mean = alpha * trace + rest * empty
+        second = alpha**2 * trace_second + rest**2 * empty_second + 2 * alpha * rest * product
         return float((mean - mu).square().sum()) + eta_l * (second - float(mean @ mean)) / batch
 
     return term

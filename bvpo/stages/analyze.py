@@ -2,7 +2,7 @@
 
 Reads ``samples/`` and ``config.toml``, prints a table, and writes ``analysis.json`` and ``analysis.html`` into the folder of
 the experiment. Every number has an interval that resamples prompts, how many prompts and samples it rests on, and what was
-left out. The same samples give the same files. It changes no sample and needs no model, only its tokenizer.
+left out. It changes no sample and needs only the model's tokenizer; ``--marker`` runs the model once per prompt.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PAPER = {
     "nll_parts": "1.15 to 1.73",
 }
 """The ratios (or the share) that the paper's tables give over its models. Which of our two variances the paper takes is not
-known; its ranges stand beside the one within prompts."""
+known; its ranges stand beside the one within prompts. It averages each question's statistics: the pooled ones have none."""
 _TITLES = {
     3: "Table 3: variance of log-probability and length",
     4: "Table 4: length and likelihood",
@@ -74,10 +74,15 @@ def main(argv: Sequence[str]) -> int | None:
     parser.add_argument(
         "--seed", type=whole_number(0), default=0, metavar="N", help="seed of the bootstrap (default 0)"
     )
+    parser.add_argument(
+        "--marker",
+        action="store_true",
+        help="count the log-probability of the empty view's forced closing marker, too: runs the model once per prompt",
+    )
     folder, options = parse_reader(parser, argv)
     experiment = Experiment(folder)
     settings = Settings(num_resamples=options.resamples, seed=options.seed)
-    analysis = analyze(experiment, settings, options.limit)
+    analysis = analyze(experiment, settings, options.limit, with_marker=options.marker)
     sys.stdout.write(text_table(analysis))
     if options.limit is None:
         write(experiment, analysis)
@@ -136,7 +141,9 @@ class Analysis:
     notes: list[str] = field(default_factory=list)
 
 
-def analyze(experiment: Experiment, settings: Settings, limit: int | None = None) -> Analysis:
+def analyze(
+    experiment: Experiment, settings: Settings, limit: int | None = None, *, with_marker: bool = False
+) -> Analysis:
     """The measurements of one experiment."""
     experiment.require_whole()
     store = experiment.samples()
@@ -144,12 +151,19 @@ def analyze(experiment: Experiment, settings: Settings, limit: int | None = None
         raise UserError(f"{store.folder}: no samples to analyze; sample first")
     notes: list[str] = []
     tools = _tools(experiment, notes)
-    columns = measure(store, tools, _first_prompts(experiment, limit))
+    columns = measure(
+        store, tools, _first_prompts(experiment, limit), Marker(experiment.folder) if with_marker else None
+    )
     if not len(columns.prompt):
         raise UserError(f"{store.folder}: no sample belongs to the first {limit} prompts")
     for view in VIEWS:
         if not columns.of(view).any():
             notes.append(f"There are no samples of the {view} view, so nothing is compared with it.")
+    if not columns.has_forced:
+        notes.append(
+            "The empty view's forced closing marker counts in lengths, and not in log p and NLL: nobody sampled it, so its "
+            "log-probability is not stored. With --marker it counts everywhere, as in training."
+        )
     counts: dict[View, dict[str, int]] = {view: _counts(columns, view) for view in VIEWS}
     if cut := sum(count["cut at the length limit"] for count in counts.values()):
         notes.append(
@@ -161,7 +175,7 @@ def analyze(experiment: Experiment, settings: Settings, limit: int | None = None
         settings=settings,
         comparisons=compare_views(columns, settings),
         counts=counts,
-        lengths={view: np.sort(columns.tokens[columns.of(view)]) for view in VIEWS},
+        lengths={view: np.sort((columns.tokens + columns.forced_tokens)[columns.of(view)]) for view in VIEWS},
         facts=_facts(experiment, counts),
         notes=notes,
     )
@@ -188,11 +202,24 @@ def _first_prompts(experiment: Experiment, limit: int | None) -> set[str] | None
 
 
 def measure(
-    store: RecordStore[Sample], tools: tuple[Any, ReasoningFormat] | None, only: set[str] | None = None
+    store: RecordStore[Sample],
+    tools: tuple[Any, ReasoningFormat] | None,
+    only: set[str] | None = None,
+    marker: Marker | None = None,
 ) -> Columns:
     """The samples as numbers; texts and tokens are not kept."""
     measures = Measures()
-    names = ("prompt_id", "view", "token_ids", "logprobs", "finish", "answer", "error")
+    names = (
+        "prompt_id",
+        "view",
+        "token_ids",
+        "logprobs",
+        "finish",
+        "answer",
+        "error",
+        "prompt_ids",
+        "completion_start",
+    )
     for row in _with_bar(store.columns(*names), len(store)):
         if row["error"] is not None or (only is not None and row["prompt_id"] not in only):
             continue
@@ -209,8 +236,37 @@ def measure(
             answer_from=start,
             cut=row["finish"] == "length",
             closed=closed,
+            forced_tokens=len(row["prompt_ids"]) - row["completion_start"],
+            forced_logp=None if marker is None else marker.logp(row["prompt_ids"], row["completion_start"]),
         )
     return measures.columns()
+
+
+class Marker:
+    """Log-probability of the tokens that end a prompt and that training scores: the empty view's forced closing marker."""
+
+    def __init__(self, folder: Path) -> None:
+        from bvpo.models import ModelSource, load_model, plan_model
+
+        config = load_config(folder / "config.toml").model
+        names = ("path", "revision", "tokenizer", "trust_remote_code")
+        self._model, _ = load_model(plan_model(ModelSource(**{name: getattr(config, name) for name in names})))
+        self._known: dict[tuple[int, ...], float] = {}
+
+    def logp(self, ids: Sequence[int], start: int) -> float:
+        """Of ``ids[start:]`` after ``ids[:start]``; the samples of a prompt share it."""
+        key = tuple(ids)
+        if start == len(ids):
+            return 0.0
+        if key not in self._known:
+            import torch
+
+            tokens = torch.tensor([key], device=self._model.device)
+            with torch.no_grad():
+                logps = self._model(tokens).logits[0].float().log_softmax(-1)
+            rows = torch.arange(start, len(key), device=tokens.device)
+            self._known[key] = float(logps[rows - 1, tokens[0, rows]].sum())
+        return self._known[key]
 
 
 def _with_bar(rows: Iterator[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
@@ -350,15 +406,16 @@ def write(experiment: Experiment, analysis: Analysis) -> None:
 
 
 _DEFINITIONS = (
-    "The log-probability of a response is the sum over its sampled tokens, end of sequence included, under the model "
-    "without temperature or truncation, whatever the samples were drawn with. The forced closing marker of the empty view "
-    "is not sampled and not in it; within a prompt it is a constant.",
+    "The log-probability of a response is the sum over its tokens, end of sequence included, under the model without "
+    "temperature or truncation, whatever the samples were drawn with. The forced closing marker of the empty view counts in "
+    "lengths; in log-probabilities it counts where they are known (--marker). Within a prompt it is a constant.",
     "“Within prompts” is the unbiased variance over the samples of one prompt, averaged over the prompts that have at "
     "least two samples in each view: what sampling alone contributes. “All samples” is the variance over all samples of "
     "all prompts.",
-    "Negative log-likelihood (NLL) per token is the sum over all tokens divided by their number. The trace ends with its "
-    "closing marker; the answer includes the end of sequence. Ratios are trace view over empty view; in Table 5, trace "
-    "over answer.",
+    "Negative log-likelihood (NLL) per token is that of each response, averaged over the responses of a prompt, then over "
+    "prompts; so is the share of the trace. “Tokens pooled”: the sum over all tokens over their number, where long "
+    "responses weigh more. The trace ends with its closing marker; the answer includes the end of sequence. Ratios are "
+    "trace view over empty view; in Table 5, trace over answer; of averages, not averages of ratios.",
     "Intervals are bootstrap percentile intervals over prompts, widened to the t distribution. Samples of one prompt are "
     "never counted as independent.",
 )

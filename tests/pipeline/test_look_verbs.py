@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from look_fixtures import Experiment, questions, save_talking_model
 from models_fixtures import tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from bvpo.cli import main
 from bvpo.experiment import RecordStore
@@ -388,31 +390,43 @@ def recompute(samples: list[Sample]) -> dict[str, tuple[float, ...]]:
     def within(value: Callable[[Sample], float], view: View) -> float:
         return statistics.fmean(statistics.variance([value(s) for s in groups[id, view]]) for id in ids)
 
-    def nll(view: View) -> float:
+    def pooled(view: View) -> float:
         mine = [s for s in samples if s.view == view]
         return -sum(map(logp, mine)) / sum(len(s.token_ids) for s in mine)
 
-    def length(sample: Sample) -> float:
-        return len(sample.token_ids)
+    def nll(sample: Sample) -> float:
+        return -logp(sample) / len(sample.token_ids)
 
-    parts = []
+    def length(sample: Sample) -> float:
+        """From the first token that training scores: with the closing marker, whether sampled or forced."""
+        return len(sample.prompt_ids) + len(sample.token_ids) - sample.completion_start
+
+    def averaged(value: Callable[[Sample], float], view: View) -> float:
+        return statistics.fmean(statistics.fmean(map(value, groups[id, view])) for id in ids)
+
+    parts, rates = [], defaultdict(list)
     for sample in samples:
         if sample.view == "trace" and sample.answer is not None:
             start = answer_offset(tokenizer, fmt, "trace", sample.token_ids)
             assert start is not None and sample.logprobs is not None
-            parts.append((start, len(sample.token_ids), sum(sample.logprobs[:start]), sum(sample.logprobs[start:])))
+            one = (start, len(sample.token_ids), sum(sample.logprobs[:start]), sum(sample.logprobs[start:]))
+            parts.append(one)
+            rates[sample.prompt_id].append((start / one[1], -one[2] / start, -one[3] / (one[1] - start)))
     trace, total = sum(p[0] for p in parts), sum(p[1] for p in parts)
     trace_nll, answer_nll = -sum(p[2] for p in parts) / trace, -sum(p[3] for p in parts) / (total - trace)
-    means = [statistics.fmean(statistics.fmean(map(length, groups[id, view])) for id in ids) for view in VIEWS]
+    by_prompt = [[statistics.fmean(column) for column in zip(*some, strict=True)] for some in rates.values()]
+    share, *nll_parts = (statistics.fmean(column) for column in zip(*by_prompt, strict=True))
     found = {
         "var_logp_within": (within(logp, "trace"), within(logp, "empty")),
         "var_length_within": (within(length, "trace"), within(length, "empty")),
         "var_logp_all": tuple(statistics.variance([logp(s) for s in samples if s.view == v]) for v in VIEWS),
-        "length": (means[0], means[1]),
-        "nll": (nll("trace"), nll("empty")),
-        "nll_parts": (trace_nll, answer_nll),
+        "length": (averaged(length, "trace"), averaged(length, "empty")),
+        "nll": (averaged(nll, "trace"), averaged(nll, "empty")),
+        "nll_pooled": (pooled("trace"), pooled("empty")),
+        "nll_parts": tuple(nll_parts),
+        "nll_parts_pooled": (trace_nll, answer_nll),
     }
-    return {**found, "trace_share": (trace / total,)}
+    return {**found, "trace_share": (share,), "trace_share_pooled": (trace / total,)}
 
 
 def test_analyze_equals_an_independent_recomputation(whole: Experiment, out: Callable[..., str]) -> None:
@@ -430,6 +444,24 @@ def test_analyze_equals_an_independent_recomputation(whole: Experiment, out: Cal
     unclosed = sum(s.answer is None for s in whole.samples.values())
     assert unclosed and found["trace_share"]["dropped"] == {"samples without an end of the trace": unclosed}
     assert data["counts"]["trace"]["samples"] == data["counts"]["empty"]["samples"] == 40
+
+
+def test_analyze_counts_the_forced_marker(copied: Path, whole: Experiment, out: Callable[..., str]) -> None:
+    """Its log-probability is the model's, after the prompt alone. Mutation: the token after it, or of another prompt."""
+    model = AutoModelForCausalLM.from_pretrained(whole.root / "model", dtype=torch.float32)
+    by_prompt: defaultdict[str, list[float]] = defaultdict(list)
+    for sample in whole.samples.values():
+        if sample.view == "empty":
+            *prompt, marker = sample.prompt_ids
+            assert sample.completion_start == len(prompt) and sample.logprobs is not None
+            with torch.no_grad():
+                forced = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)[marker].item()
+            by_prompt[sample.prompt_id].append(-(forced + sum(sample.logprobs)) / (1 + len(sample.token_ids)))
+    notes = out("analyze", copied, "--resamples", "50").count("forced closing marker counts")
+    assert notes == 1 and "forced closing marker counts" not in out("analyze", copied, "--resamples", "50", "--marker")
+    found = {one["name"]: one for one in json.loads((copied / "analysis.json").read_text())["comparisons"]}
+    expected = statistics.fmean(statistics.fmean(values) for values in by_prompt.values())
+    assert found["nll"]["second"]["value"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_analyze_is_reproducible(whole: Experiment, out: Callable[..., str]) -> None:

@@ -12,6 +12,7 @@ import torch
 from bvpo.lab import bias, descent, theorems
 from bvpo.lab.exact import Estimate
 from bvpo.lab.policies import Tabular
+from bvpo.lab.worlds import Sampling
 from bvpo.method import estimators
 from bvpo.method.losses import LOSSES
 
@@ -34,6 +35,7 @@ def test_theorem_2_sees_a_wrong_closed_form(monkeypatch, cases):
     for field in ("bias_dot", "cov"):
         monkeypatch.setattr(estimators, "alpha_star", lambda m, f=field: honest(replace(m, **{f: 0.0})))
         assert not theorems.theorem_2_in_full_worlds(cases).holds, field
+    assert not theorems.theorem_2(0, quick=True).holds
 
 
 def test_corollary_1(cases, monkeypatch):
@@ -45,14 +47,13 @@ def test_corollary_1(cases, monkeypatch):
     assert not any(holds for key, holds in broken.items()), broken
 
 
-@pytest.mark.parametrize(
-    ("part", "broken"), [("bias_sq", lambda m, a: 0.0), ("variance", lambda m, a: m.var_trace * a)]
-)
-def test_proposition_1_sees_a_wrong_part(monkeypatch, part, broken):
+def test_proposition_1_sees_a_wrong_part(monkeypatch):
     """Mutation (made here): a bias of 0; a variance that is linear in alpha."""
     assert theorems.proposition_1(0).holds
-    monkeypatch.setattr(estimators, part, broken)
-    assert not theorems.proposition_1(0).holds
+    for part, broken in (("bias_sq", lambda m, a: 0.0), ("variance", lambda m, a: m.var_trace * a)):
+        with monkeypatch.context() as patch:
+            patch.setattr(estimators, part, broken)
+            assert not theorems.proposition_1(0).holds, part
 
 
 def test_theorem_1_over_data_sees_noise_of_the_traces_forgotten(monkeypatch):
@@ -70,14 +71,25 @@ def test_boundary_worlds_see_a_missing_clip(monkeypatch):
 
 
 def test_theorem_4_sees_eta_l_ignored(monkeypatch, cases):
-    """Mutation (made here): the per-step optimum is the MSE's at every eta L; alpha* without its biases' cross term."""
+    """Mutation (made here): the per-step optimum is the MSE's at every eta L, or that of 1 / (eta L); alpha* is the optimum
+    at eta L = 0.1, or lacks its biases' cross term."""
     assert all(verdict.holds for verdict in theorems.beyond_theorem_4(cases)) and theorems.theorem_4(0).holds
     with monkeypatch.context() as patch:
         patch.setattr(estimators, "alpha_star_step", lambda m, *, eta_l: estimators.alpha_star(m))
         assert not next(iter(theorems.beyond_theorem_4(cases))).holds
-    honest = estimators.alpha_star
+    best, honest = estimators.alpha_star_step, estimators.alpha_star
+    with monkeypatch.context() as patch:
+        patch.setattr(estimators, "alpha_star_step", lambda m, *, eta_l: best(m, eta_l=1 / eta_l))
+        assert "eta_l_direction" in failing(cases)
+    with monkeypatch.context() as patch:
+        patch.setattr(estimators, "alpha_star", lambda m: honest(m.scale_covariances(0.1)))
+        assert "eta_l_regret" in failing(cases)
     monkeypatch.setattr(estimators, "alpha_star", lambda m: honest(replace(m, bias_dot=0.0)))
     assert not theorems.theorem_4(0).holds
+
+
+def failing(cases):
+    return {verdict.key for verdict in theorems.beyond_theorem_4(cases) if not verdict.holds}
 
 
 def test_theorem_3_sees_a_step_that_is_too_large(monkeypatch):
@@ -89,12 +101,29 @@ def test_theorem_3_sees_a_step_that_is_too_large(monkeypatch):
     assert not descent.one_step(0).holds
 
 
-def test_theorem_3_on_a_grid():
-    """Every cell of alpha and eta L, both forms. Mutation: a ratio that is turned over."""
+def test_theorem_3_on_a_grid(monkeypatch):
+    """Every cell of alpha and eta L, both forms. Mutations: a ratio that is turned over; only the noise on the right."""
     cells = [descent.measure(cell) for cell in descent.grid(0, steps=5, runs=1)]
     assert len(cells) == len(descent.ALPHAS) * len(descent.ETA_LS)
     assert all(verdict.holds for verdict in descent.both_forms(cells, "grid", ""))
     assert all(0 < cell.uniform_ratio <= cell.ratio < 1 for cell in cells)
+    only_noise(monkeypatch)
+    assert not any(verdict.holds for verdict in descent.both_forms(cells, "grid", ""))
+
+
+def test_theorem_3_in_a_transformer(monkeypatch):
+    """Mutation (made here): only the noise on the right."""
+    cells = descent.transformer_runs(0, steps=3, runs=1)
+    assert descent.in_the_transformer(cells).holds
+    only_noise(monkeypatch)
+    assert not descent.in_the_transformer(cells).holds
+
+
+def only_noise(monkeypatch):
+    one, other = descent.descent_bound, descent.uniform_bound
+    monkeypatch.setattr(estimators, "bias_sq", lambda m, alpha: 0.0)
+    monkeypatch.setattr(descent, "descent_bound", lambda cell, progress, at: one(cell, 0.0, at))
+    monkeypatch.setattr(descent, "uniform_bound", lambda cell, distance, at: other(cell, 0.0, at))
 
 
 TERMS = {
@@ -143,9 +172,14 @@ ADAPTIVE = {
 
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_the_adaptive_checks_see_a_wrong_alpha(monkeypatch, name):
-    """Mutation (made here): alpha_k of the wrong view, or of eta L = 1."""
+    """Mutation (made here): alpha_k of the wrong view, or of eta L = 1; a bound without progress."""
     cells = list(descent.adaptive(0, steps=3, runs=1))
-    assert all(verdict.holds for verdict in descent.adaptive_verdicts([descent.measure(cell) for cell in cells]))
+    measured = [descent.measure(cell) for cell in cells]
+    assert all(verdict.holds for verdict in descent.adaptive_verdicts(measured))
+    with monkeypatch.context() as patch:
+        honest = descent.descent_bound
+        patch.setattr(descent, "descent_bound", lambda cell, progress, at: honest(cell, 0.0, at))
+        assert not next(iter(descent.adaptive_verdicts(measured))).holds
     monkeypatch.setattr(estimators, "alpha_star_step", ADAPTIVE[name](estimators.alpha_star_step))
     found = {v.key: v.holds for v in descent.adaptive_verdicts([descent.measure(cell) for cell in cells])}
     assert not found["adaptive_step"], found
@@ -162,6 +196,12 @@ def test_bias_table_sees_a_false_promise(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setitem(LOSSES, name, broken)
             assert not all(verdict.holds for verdict in bias.at_the_reference(entries)), name
+    # and samples that are all drawn at T = 1, from an estimator that is always the joint one
+    monkeypatch.setattr(bias, "SAMPLINGS", dict.fromkeys(bias.SAMPLINGS, Sampling()))
+    monkeypatch.setattr(bias, "_CUT_TABULAR", Sampling())
+    monkeypatch.setitem(bias.TRACE_ESTIMATORS, "answer", bias.TRACE_ESTIMATORS["joint"])
+    found = bias.at_the_reference(list(bias.trace_biases(0, ("small tabular",))))
+    assert {"b_t_other_sampling", "b_t_answer_estimator"} <= {verdict.key for verdict in found if not verdict.holds}
 
 
 def test_monte_carlo_sees_a_wrong_temperature(monkeypatch):

@@ -63,12 +63,31 @@ def test_every_quantity_by_hand() -> None:
     long_t, long_e = statistics.variance([3, 8, 2, 4]), statistics.variance([2, 2, 1, 3])
     assert values(found["var_length_all"]) == pytest.approx((long_t, long_e, long_t / long_e))
     assert values(found["length"]) == pytest.approx((4.25, 2.0, 2.125))
-    assert values(found["nll"]) == pytest.approx((28 / 17, 11 / 8, 28 / 17 / (11 / 8)))
-    assert values(found["trace_share"]) == pytest.approx((10 / 17, None, None))
-    # traces: 2 + 6 + 3 + 2.5 over 10 tokens; answers: 2 + 2 + 3 + 7.5 over 7
-    assert values(found["nll_parts"]) == pytest.approx((1.35, 14.5 / 7, 1.35 / (14.5 / 7)))
+    # by prompt: a (4/3 + 1) / 2 and (1 + 2) / 2, b (3 + 2.5) / 2 and (1 + 4/3) / 2; all tokens: 28 over 17 and 11 over 8
+    assert values(found["nll"]) == pytest.approx((47 / 24, 4 / 3, 47 / 32))
+    assert values(found["nll_pooled"]) == pytest.approx((28 / 17, 11 / 8, 28 / 17 / (11 / 8)))
+    # a (2/3 + 3/4) / 2, b (1/2 + 1/4) / 2; 10 of 17 tokens
+    assert values(found["trace_share"]) == pytest.approx((13 / 24, None, None))
+    assert values(found["trace_share_pooled"]) == pytest.approx((10 / 17, None, None))
+    # a 1 and (2 + 1) / 2, b (3 + 2.5) / 2 twice; traces: 2 + 6 + 3 + 2.5 over 10 tokens; answers: 2 + 2 + 3 + 7.5 over 7
+    assert values(found["nll_parts"]) == pytest.approx((1.875, 2.125, 15 / 17))
+    assert values(found["nll_parts_pooled"]) == pytest.approx((1.35, 14.5 / 7, 1.35 / (14.5 / 7)))
     assert {one.num_prompts for one in found.values()} == {2}
-    assert [one.table for one in found.values()] == [3, 3, 3, 3, 4, 4, 5, 5]
+    assert [one.table for one in found.values()] == [3, 3, 3, 3, 4, 4, 4, 5, 5, 5, 5]
+
+
+def test_the_forced_marker_counts_where_its_log_probability_is_known() -> None:
+    """One forced token of log p -3 before an answer of one. Mutation: it counts in no length, in the trace view, or as
+    certain where its log-probability is not known."""
+    for known, nll in ((-3.0, 2.0), (None, 1.0)):
+        found = measures([("a", "trace", [-1.0, -2.0], 1)])
+        found.add(
+            prompt_id="a", view="empty", logprobs=[-1.0], num_tokens=1, answer_from=None, cut=False, closed=True,
+            forced_tokens=1, forced_logp=known,
+        )  # fmt: skip
+        by_name = compared(found)
+        assert values(by_name["length"]) == pytest.approx((2.0, 2.0, 1.0))
+        assert values(by_name["nll"]) == values(by_name["nll_pooled"]) == pytest.approx((1.5, nll, 1.5 / nll))
 
 
 def test_prompts_weigh_alike() -> None:
@@ -104,9 +123,14 @@ def test_what_is_left_out_is_counted() -> None:
     assert by_name["var_length_within"].num_samples == 5
     assert by_name["length"].dropped == {"prompts with samples of one view only": 1}
     assert share.dropped == {"samples without an end of the trace": 1}
-    assert share.num_samples == 5 and share.first.value == pytest.approx((1 + 1 + 1 + 1 + 3) / (2 + 1 + 1 + 1 + 50))
-    assert parts.dropped == {"samples without an end of the trace": 1, "samples without log-probabilities": 1}
-    assert parts.num_samples == 4
+    pooled, parts_pooled = by_name["trace_share_pooled"], by_name["nll_parts_pooled"]
+    assert share.num_samples == pooled.num_samples == 5
+    assert share.first.value == pytest.approx(((1 / 2 + 3 / 50) / 2 + 1 + 1) / 3)
+    assert pooled.first.value == pytest.approx((1 + 1 + 1 + 1 + 3) / (2 + 1 + 1 + 1 + 50))
+    unknown = {"samples without an end of the trace": 1, "samples without log-probabilities": 1}
+    assert (parts_pooled.dropped, parts_pooled.num_samples) == (unknown, 4)
+    assert parts.dropped == unknown | {"samples without a token in either part": 3}
+    assert (parts.num_samples, parts.num_prompts) == (1, 1)
 
 
 def test_large_log_probabilities_keep_their_variance() -> None:
@@ -130,7 +154,7 @@ def test_exchanging_the_views_inverts_the_ratios() -> None:
                 rows.append((str(prompt), view, [-dice.random() for _ in range(dice.randrange(1, size))], 0))
     swapped = [(p, "empty" if v == "trace" else "trace", logprobs, start) for p, v, logprobs, start in rows]
     one, other = compared(measures(rows)), compared(measures(swapped))  # type: ignore[arg-type]
-    for name in ("var_logp_within", "var_length_within", "var_logp_all", "length", "nll"):
+    for name in ("var_logp_within", "var_length_within", "var_logp_all", "length", "nll", "nll_pooled"):
         first, second = one[name].first, other[name].second
         assert second is not None
         assert (first.value, first.low, first.high) == pytest.approx((second.value, second.low, second.high))
@@ -145,7 +169,7 @@ def test_one_view_alone_and_nothing_at_all() -> None:
     alone = compared(measures([("a", "trace", [-1.0, -2.0], 1), ("a", "trace", [-1.0], 1)]))
     assert values(alone["length"]) == (None, None, None)
     assert alone["length"].dropped == {"prompts with samples of one view only": 1}
-    assert alone["trace_share"].first.value == pytest.approx(2 / 3)
+    assert alone["trace_share"].first.value == pytest.approx(3 / 4)
     nothing = compared(Measures())
     assert all(one.first.value is None and one.num_samples == 0 for one in nothing.values())
 
