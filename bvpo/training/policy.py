@@ -95,13 +95,18 @@ def _branch_forward(model: Any, request: BranchRequest, transform: HeadTransform
         inputs["attention_mask"] = layout.input_ids_RT.new_zeros((1, 1, 1, 1), dtype=torch.bool)
     else:
         inputs["attention_mask"] = layout.attention_mask_RT
-    return _scored(model, request, transform, model.base_model(**inputs).last_hidden_state)
+    return _scored(model, request, transform, _backbone(model)(**inputs).last_hidden_state)
+
+
+def _backbone(model: Any) -> Any:
+    """The part below the head. Some classes (Llama 4) name one that they do not have, and then take themselves for it."""
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
 def _plain_hidden(model: Any, ids_RT: Tensor) -> Tensor:
     """What the model gives for rows of one length when nothing else is said to it."""
     _forget_lengths(model)
-    return model.base_model(input_ids=ids_RT, use_cache=False).last_hidden_state
+    return _backbone(model)(input_ids=ids_RT, use_cache=False).last_hidden_state
 
 
 def _forget_lengths(model: nn.Module) -> None:
@@ -392,7 +397,7 @@ def _difference(ours: Tensor, trial: _Trial, layout: Layout) -> str | None:
 
 def _require_known_head(model: Any) -> None:
     """Refuses a model whose logits are not what our head computes from its hidden states (an unknown scaling, say)."""
-    if not hasattr(model, "base_model") or model.base_model is model:
+    if not hasattr(model, "base_model") or _backbone(model) is model:
         raise UserError(f"{type(model).__name__}: expected a causal language model with a backbone and a linear head")
     probe = LAYOUTS["single"](_probe_quads(model, 0)).to(model.device)
     assert probe.lengths is not None
