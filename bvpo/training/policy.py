@@ -26,7 +26,7 @@ from bvpo.strict import UserError
 from bvpo.training import attention
 from bvpo.training.layout import LAYOUTS, NUM_BRANCHES, Layout
 from bvpo.training.logprobs import Head, HeadTransform, token_kl, token_logps
-from bvpo.training.miniature import miniature, thresholds
+from bvpo.training.miniature import miniature, picked_keys, setting, thresholds
 from bvpo.training.tokens import Branch, TokenQuad
 
 logger = logging.getLogger(__name__)
@@ -223,6 +223,9 @@ def choose_layout(model: Any, wanted: str, longest: int | None = None) -> str:
     if wanted == "single":
         return wanted
     trials, doubt = _trials(model, longest)
+    picked = [keys for keys in picked_keys(model.config) if longest is None or keys < longest]
+    if picked:  # random weights have few ties, and a trained indexer many: scores of exactly zero
+        doubt = f"past {picked[0]} tokens it keeps the best keys; which of equal ones depends on the width of the row"
     candidates = LAYOUT_PREFERENCE if wanted == "auto" else (wanted,)
     for name in candidates:
         problem = doubt or _layout_problem(model, name, trials)
@@ -268,7 +271,7 @@ def _trials(model: Any, longest: int | None) -> tuple[list[_Trial], str | None]:
     why nothing can be said, where that is so."""
     crossed = [t for t in thresholds(model.config) if longest is None or t < longest]
     limits = [] if longest is None else [longest]
-    limits += [n for n in [getattr(model.config.get_text_config(), "max_position_embeddings", None)] if n]
+    limits += [n for n in [setting(model.config, "max_position_embeddings")] if n]
     if any(t in limits for t in crossed):  # rope that changes where the trained positions end
         limits = limits[: longest is not None]
     length = min([max([LEAST_LENGTH, *(2 * t + 16 for t in crossed)]), *limits])
@@ -371,11 +374,10 @@ def _layout_problem(model: Any, name: str, trials: list[_Trial]) -> str | None:
 
 def _missing_windows(trial: _Trial, windows: list[int | None]) -> int:
     """Layers that the configuration calls windowed and whose attention was given no window."""
-    text = trial.model.config.get_text_config()
-    window = getattr(text, "sliding_window", None)
+    window = setting(trial.model.config, "sliding_window")
     if not isinstance(window, int) or window >= trial.longest:
         return 0
-    named = sum(kind == "sliding_attention" for kind in getattr(text, "layer_types", None) or ())
+    named = sum(kind == "sliding_attention" for kind in setting(trial.model.config, "layer_types") or ())
     return max(0, named - sum(seen is not None for seen in windows))
 
 
