@@ -8,6 +8,7 @@ Results go to a dated file after each family, and a second run does what is left
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import json
 import multiprocessing
@@ -15,6 +16,7 @@ import platform
 import queue
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,18 @@ ROPES: dict[str, dict[str, Any]] = {
     "dynamic rope": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
     "longrope": {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 24},
 }
-# Families whose defaults have only one kind of layer.
-LAYER_KINDS = {"lfm2": ["conv", "full_attention"] * 2, "lfm2_moe": ["conv", "full_attention"] * 2}
+# Families whose defaults have only one kind of layer, or leave out what a model needs.
+NEEDED: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 5},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+}
 ROPE_FAMILIES = ("llama", "phi3", "qwen2", "qwen3")
 
 
@@ -68,12 +80,13 @@ def build(name: str) -> Any:
 
 
 def small(kind: Any, variant: str) -> Any:
-    from bvpo.training.miniature import small_config
+    from bvpo.training.miniature import setting, small_config
 
-    kinds = LAYER_KINDS.get(kind.model_type)
-    config = _few_layers(kind, **({"layer_types": kinds} if kinds else {}))
+    config = _few_layers(kind, **NEEDED.get(kind.model_type, {}))
     text = config.get_text_config()
-    if getattr(text, "use_sliding_window", None) is False:
+    if hasattr(kind, "sliding_window") and setting(config, "sliding_window") is None:
+        text.sliding_window = 4096
+    if setting(config, "use_sliding_window") is False:
         config = _few_layers(kind, use_sliding_window=True, sliding_window=4096, max_window_layers=LAYERS // 2)
     config = small_config(config)
     text = config.get_text_config()
@@ -97,7 +110,7 @@ def small(kind: Any, variant: str) -> Any:
 
 
 def _few_layers(kind: Any, **more: Any) -> Any:
-    for layers in ({"num_hidden_layers": LAYERS}, {}):
+    for layers in ({} if "num_hidden_layers" in more else {"num_hidden_layers": LAYERS}, {}):
         try:
             config = kind(**layers, **more)
             if len(getattr(config.get_text_config(), "layer_types", None) or [0] * LAYERS) in (LAYERS, 0) or not layers:
@@ -108,15 +121,20 @@ def _few_layers(kind: Any, **more: Any) -> Any:
     return kind(**more)
 
 
-def measure(name: str) -> dict[str, Any]:
-    """What the family is given, and how far its step is from plain single sequences."""
+def measure(name: str, built: Callable[[], None]) -> dict[str, Any]:
+    """What the family is given, and how far its step is from plain single sequences. ``built``: called once it is."""
     from bvpo.strict import UserError
     from bvpo.training import policy
+    from bvpo.training.miniature import thresholds
 
     try:
         model = build(name)
+        untouched = copy.deepcopy(model)
+        quads = mixed_quads(untouched)
+        theirs = plain_step(untouched, quads)  # a family whose own step fails in this configuration is not built either
     except Exception as error:
         return {"outcome": "not built", "why": _line(error)}
+    built()
     notes: list[str] = []
     policy.logger.warning = lambda text, *args: notes.append(str(text % args))  # type: ignore[method-assign]
     try:
@@ -124,21 +142,17 @@ def measure(name: str) -> dict[str, Any]:
         layout = policy.choose_layout(model, "auto")
     except UserError as error:
         return {"outcome": "refused", "why": str(error)}
-    found = _compare(model, layout)
+    found = compared(our_step(model, layout, quads), theirs)
     why = "" if not notes else notes[0].partition("layout: ")[2]
     equal = found["loss_error"] <= LOSS and found["gradient_error"] <= GRADIENT
     outcome = "WRONG" if not equal else "equal" if layout == "tree" else "falls back"
-    return {"outcome": outcome, "layout": layout, "why": why, **found}
+    return {"outcome": outcome, "layout": layout, "why": why, "thresholds": thresholds(untouched.config), **found}
 
 
-def _compare(model: Any, layout: str) -> dict[str, float]:
-    """DPO at a reference of zero, on two quads of mixed length, both ways."""
+def mixed_quads(model: Any) -> Any:
+    """Two quads of mixed length: short ones, and one past every threshold."""
     import numpy as np
-    import torch
-    import torch.nn.functional as F
 
-    from bvpo.training import policy
-    from bvpo.training.layout import LAYOUTS
     from bvpo.training.tokens import Branch, TokenQuad
 
     vocabulary = min(500, model.config.get_text_config().vocab_size)
@@ -148,9 +162,9 @@ def _compare(model: Any, layout: str) -> dict[str, float]:
         return generator.integers(3, vocabulary, num).astype(np.int32)
 
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 150
-    long = 100 if 24 <= limit <= 96 else min(150, limit) - 50
+    long = 100 if limit <= 96 else min(150, limit) - 50  # dynamic rope and longrope have no end
     plans = [(6, (9, 5, 7, 3)), (45, (long, 8, 21, 4))]
-    quads = [
+    return [
         TokenQuad(
             id=str(n),
             prefix_ids=ids(n),
@@ -159,40 +173,57 @@ def _compare(model: Any, layout: str) -> dict[str, float]:
         for n, sizes in plans
     ]
 
-    def loss_of(sums: Any) -> Any:
-        sums = sums.double()
-        margins = torch.stack([sums[:, 0] - sums[:, 1], sums[:, 2] - sums[:, 3]])
-        return -F.logsigmoid(0.05 * margins).mean()
 
-    def plain() -> Any:
-        rows = []
-        for quad in quads:
-            for branch in quad.branches:
-                policy._forget_lengths(model)
-                row = torch.tensor(np.concatenate([quad.prefix_ids, branch.ids]).astype(np.int64))[None]  # type: ignore[union-attr]
-                logps = torch.log_softmax(model(input_ids=row, use_cache=False).logits[0, :-1].float(), -1)
-                picked = logps.gather(1, row[0, 1:, None])[:, 0]
-                rows.append(picked[len(quad.prefix_ids) - 1 :].sum())
-        return torch.stack(rows).view(len(quads), 4)
+def _step(model: Any, sums: Any) -> tuple[float, dict[str, Any]]:
+    """Loss and gradients of DPO at a reference of zero, from the log-probs [quads, 4] of the branches."""
+    import torch
+    import torch.nn.functional as F
 
-    def gradient(loss: Any) -> Any:
-        model.zero_grad()
-        loss.backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    sums = sums.double()
+    margins = torch.stack([sums[:, 0] - sums[:, 1], sums[:, 2] - sums[:, 3]])
+    loss = -F.logsigmoid(0.05 * margins).mean()
+    model.zero_grad()
+    loss.backward()
+    return float(loss), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    expected = loss_of(plain())
-    theirs = gradient(expected)
+
+def plain_step(model: Any, quads: Any) -> tuple[float, dict[str, Any]]:
+    """Sequences one at a time, through the model's own call, without any of our code but the forgetting of dynamic rope."""
+    import numpy as np
+    import torch
+
+    from bvpo.training import policy
+
+    rows = []
+    for quad in quads:
+        for branch in quad.branches:
+            policy._forget_lengths(model)
+            row = torch.tensor(np.concatenate([quad.prefix_ids, branch.ids]).astype(np.int64))[None]
+            logps = torch.log_softmax(model(input_ids=row, use_cache=False).logits[0, :-1].float(), -1)
+            rows.append(logps.gather(1, row[0, 1:, None])[len(quad.prefix_ids) - 1 :, 0].sum())
+    return _step(model, torch.stack(rows).view(len(quads), 4))
+
+
+def our_step(model: Any, layout: str, quads: Any) -> tuple[float, dict[str, Any]]:
+    from bvpo.training import policy
+    from bvpo.training.layout import LAYOUTS
+
     policy.use_layout(model, layout)
-    ours = loss_of(policy.branch_outputs(model, LAYOUTS[layout](quads))[..., :2].sum(-1))
-    mine = gradient(ours)
-    norm = sum(float(g.double().square().sum()) for g in theirs.values()) ** 0.5
+    return _step(model, policy.branch_outputs(model, LAYOUTS[layout](quads))[..., :2].sum(-1))
+
+
+def compared(ours: tuple[float, dict[str, Any]], theirs: tuple[float, dict[str, Any]]) -> dict[str, float]:
+    import torch
+
+    (our_loss, mine), (expected, plain) = ours, theirs
     zero = torch.zeros(())
+    norm = sum(float(g.double().square().sum()) for g in plain.values()) ** 0.5
     gap = sum(
-        float((mine.get(n, zero) - theirs.get(n, zero)).double().square().sum()) for n in mine.keys() | theirs.keys()
+        float((mine.get(n, zero) - plain.get(n, zero)).double().square().sum()) for n in mine.keys() | plain.keys()
     )
     return {
-        "loss": float(expected),
-        "loss_error": abs(float(ours) - float(expected)),
+        "loss": expected,
+        "loss_error": abs(our_loss - expected) / max(1.0, abs(expected)),
         "gradient_error": gap**0.5 / max(norm, 1e-30),
     }
 
@@ -202,33 +233,47 @@ def _line(error: BaseException) -> str:
 
 
 def _child(name: str, answers: Any) -> None:
-    warnings.filterwarnings("ignore")
     try:
-        import torch
-
-        torch.set_num_threads(1)
-        answers.put(measure(name))
+        answers.put(measure(name, lambda: answers.put("built")))
     except BaseException as error:
-        answers.put({"outcome": "not built", "why": _line(error)})
+        answers.put({"outcome": "FAILED", "why": _line(error)})
+
+
+def warm_up() -> None:
+    """Imports what every family needs before the processes part. One thread: a fork keeps no others."""
+    import torch
+
+    from bvpo.training import policy
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    model = build("llama")
+    policy.install(model)
+    policy.choose_layout(model, "auto")
 
 
 def isolated(name: str, timeout: float) -> dict[str, Any]:
-    """In a process of its own: some families crash the interpreter, some take for ever."""
+    """In a process of its own: some families crash the interpreter, some take for ever. What fails once there is a model
+    is our failure."""
     context = multiprocessing.get_context("fork")
     answers: Any = context.Queue()
     process = context.Process(target=_child, args=(name, answers))
     process.start()
-    stop = time.monotonic() + timeout
+    outcome, why, stop = "not built", f"took longer than {timeout:g} s", time.monotonic() + timeout
     while time.monotonic() < stop:
         try:
             found = answers.get(timeout=0.5)
+        except queue.Empty:
+            if process.is_alive():
+                continue
+            why = f"its process ended with code {process.exitcode}"
+            break
+        if found != "built":
             process.join(5)
             return found
-        except queue.Empty:
-            if not process.is_alive():
-                return {"outcome": "not built", "why": f"its process ended with code {process.exitcode}"}
+        outcome = "FAILED"
     process.kill()
-    return {"outcome": "not built", "why": f"took longer than {timeout:g} s"}
+    return {"outcome": outcome, "why": why}
 
 
 def versions() -> dict[str, str]:
@@ -250,11 +295,13 @@ def page(results: dict[str, Any], path: Path) -> str:
         "",
         "A row is one step of DPO in float32 on a small model of the family with random weights, evaluation mode and no "
         "dropout, against plain single sequences: mixed lengths up to 145 tokens, past every window, chunk and rope limit, "
-        "which are set low. *equal*: the shared-prefix layout, loss within 1e-5 and gradient within 1e-4 (relative). "
+        "which are set low. *equal*: the shared-prefix layout, loss within 1e-5 (of losses above 1, relative) and gradient "
+        "within 1e-4 (relative). "
         "*falls back*: another layout, just as equal, because of the last column. *refused*: one line at the start.",
         "",
         f"{counts['equal']} equal, {counts['falls back']} fall back, {counts['refused']} refused, "
         f"{sum(r['outcome'] == 'WRONG' for r in rows.values())} wrong, "
+        f"{sum(r['outcome'] == 'FAILED' for r in rows.values())} failed, "
         f"{sum(r['outcome'] == 'not built' for r in rows.values())} not built, {results['left']} not measured.",
         "",
         "| family | outcome | layout | loss differs by | gradient differs by | why |",
@@ -281,6 +328,8 @@ def main() -> None:
         results = json.loads(args.out.read_text(encoding="utf-8"))
     results["versions"] = versions()
     done = results["families"]
+    if not args.page:
+        warm_up()
     for name in () if args.page else args.families or everything:
         if name in done and not args.again:
             continue

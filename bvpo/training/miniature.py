@@ -20,6 +20,7 @@ _LENGTH = re.compile(
     r"window|chunk|local_att|block_(size|len)|original_max_position|index_topk|floor_scale|rel_extent|max_distance"
     r"|context_len|compress|mem_len|indexer_budget|stride"
 )
+_PICKS = re.compile(r"index_topk|indexer_budget|keep_window")  # how many keys a query keeps: the rest is masked
 _NO_LENGTH = re.compile(r"layer|pattern|num_|use_|feed_forward|_ids|vision|audio|head_dim|lm_head|ratio_bias")
 _WIDTH = re.compile(
     r"(hidden_size\w*|intermediate_size\w*|head_dim|headdim|head_size|_dim|_rank|d_model|d_ff|dff|dim_ff|n_embd|n_inner|d_head"
@@ -35,14 +36,28 @@ MAX_PARAMETERS = 60_000_000
 Edit = Callable[[str, str, int], int]
 
 
+def setting(config: Any, name: str) -> Any:
+    """A field of the text part, None where it has none."""
+    text = config.get_text_config()
+    try:
+        return getattr(text, name, None)
+    except RuntimeError:  # some classes refuse to name what may vary from layer to layer
+        return text.to_dict().get(name)
+
+
 def thresholds(config: Any) -> list[int]:
     """Ascending lengths, longer than one token, past which the model may compute something else."""
     return sorted({value for path, name, value in _integers(config.to_dict()) if _is_length(config, path, name, value)})
 
 
+def picked_keys(config: Any) -> list[int]:
+    """Ascending lengths past which a query keeps only its best keys."""
+    return sorted({value for _, name, value in _integers(config.to_dict()) if _PICKS.search(name)})
+
+
 def _is_length(config: Any, path: str, name: str, value: int) -> bool:
     if name == "max_position_embeddings":  # dynamic rope starts to change where the trained positions end
-        return value > 1 and "dynamic" in str(getattr(config.get_text_config(), "rope_parameters", ""))
+        return value > 1 and "dynamic" in str(setting(config, "rope_parameters"))
     full = f"{path}.{name}"
     return value > 1 and bool(_LENGTH.search(full)) and not _NO_LENGTH.search(full)
 
@@ -72,7 +87,7 @@ def small_config(config: Any) -> Any:
 
     Counts of heads and layers stay: whatever is derived from them, or listed layer by layer, stays valid."""
     tree = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
-    factor = _divisor(config.get_text_config())
+    factor = _divisor(config)
     low = {length: _LOWEST + _STEP * i for i, length in enumerate(thresholds(config))}
     per_token = max([value for _, name, value in _integers(tree) if _PER_TOKEN.search(name) and value < 64], default=1)
 
@@ -96,15 +111,14 @@ def small_config(config: Any) -> Any:
     return type(config).from_dict(tree)
 
 
-def _divisor(text: Any) -> int:
+def _divisor(config: Any) -> int:
     """The largest power of two that leaves 8 dimensions to every head and 4 to its rotated part."""
-    heads = getattr(text, "num_attention_heads", None) or getattr(text, "num_heads", None) or 1
-    hidden = getattr(text, "hidden_size", 64)
-    sizes = [getattr(text, "head_dim", None) or hidden // max(1, heads if isinstance(heads, int) else 1)]
-    sizes += [
-        value for _, name, value in _integers(text.to_dict()) if re.search(r"head_?dim$|d_head$", name) and value > 1
-    ]
-    sizes += [2 * getattr(text, "qk_rope_head_dim", 0) or sizes[0]]
+    heads = setting(config, "num_attention_heads") or setting(config, "num_heads") or 1
+    hidden = setting(config, "hidden_size") or 64
+    sizes = [setting(config, "head_dim") or hidden // max(1, heads if isinstance(heads, int) else 1)]
+    fields = _integers(config.get_text_config().to_dict())
+    sizes += [value for _, name, value in fields if re.search(r"head_?dim$|d_head$", name) and value > 1]
+    sizes += [2 * (setting(config, "qk_rope_head_dim") or 0) or sizes[0]]
     factor = 1
     while min(sizes) // (2 * factor) >= 8:
         factor *= 2

@@ -26,7 +26,7 @@ from bvpo.strict import UserError
 from bvpo.training import attention
 from bvpo.training.layout import LAYOUTS, NUM_BRANCHES, Layout
 from bvpo.training.logprobs import Head, HeadTransform, token_kl, token_logps
-from bvpo.training.miniature import miniature, thresholds
+from bvpo.training.miniature import miniature, picked_keys, setting, thresholds
 from bvpo.training.tokens import Branch, TokenQuad
 
 logger = logging.getLogger(__name__)
@@ -95,13 +95,18 @@ def _branch_forward(model: Any, request: BranchRequest, transform: HeadTransform
         inputs["attention_mask"] = layout.input_ids_RT.new_zeros((1, 1, 1, 1), dtype=torch.bool)
     else:
         inputs["attention_mask"] = layout.attention_mask_RT
-    return _scored(model, request, transform, model.base_model(**inputs).last_hidden_state)
+    return _scored(model, request, transform, _backbone(model)(**inputs).last_hidden_state)
+
+
+def _backbone(model: Any) -> Any:
+    """The part below the head. Some classes (Llama 4) name one that they do not have, and then take themselves for it."""
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
 def _plain_hidden(model: Any, ids_RT: Tensor) -> Tensor:
     """What the model gives for rows of one length when nothing else is said to it."""
     _forget_lengths(model)
-    return model.base_model(input_ids=ids_RT, use_cache=False).last_hidden_state
+    return _backbone(model)(input_ids=ids_RT, use_cache=False).last_hidden_state
 
 
 def _forget_lengths(model: nn.Module) -> None:
@@ -218,6 +223,9 @@ def choose_layout(model: Any, wanted: str, longest: int | None = None) -> str:
     if wanted == "single":
         return wanted
     trials, doubt = _trials(model, longest)
+    picked = [keys for keys in picked_keys(model.config) if longest is None or keys < longest]
+    if picked:  # random weights have few ties, and a trained indexer many: scores of exactly zero
+        doubt = f"past {picked[0]} tokens it keeps the best keys; which of equal ones depends on the width of the row"
     candidates = LAYOUT_PREFERENCE if wanted == "auto" else (wanted,)
     for name in candidates:
         problem = doubt or _layout_problem(model, name, trials)
@@ -263,7 +271,7 @@ def _trials(model: Any, longest: int | None) -> tuple[list[_Trial], str | None]:
     why nothing can be said, where that is so."""
     crossed = [t for t in thresholds(model.config) if longest is None or t < longest]
     limits = [] if longest is None else [longest]
-    limits += [n for n in [getattr(model.config.get_text_config(), "max_position_embeddings", None)] if n]
+    limits += [n for n in [setting(model.config, "max_position_embeddings")] if n]
     if any(t in limits for t in crossed):  # rope that changes where the trained positions end
         limits = limits[: longest is not None]
     length = min([max([LEAST_LENGTH, *(2 * t + 16 for t in crossed)]), *limits])
@@ -366,11 +374,10 @@ def _layout_problem(model: Any, name: str, trials: list[_Trial]) -> str | None:
 
 def _missing_windows(trial: _Trial, windows: list[int | None]) -> int:
     """Layers that the configuration calls windowed and whose attention was given no window."""
-    text = trial.model.config.get_text_config()
-    window = getattr(text, "sliding_window", None)
+    window = setting(trial.model.config, "sliding_window")
     if not isinstance(window, int) or window >= trial.longest:
         return 0
-    named = sum(kind == "sliding_attention" for kind in getattr(text, "layer_types", None) or ())
+    named = sum(kind == "sliding_attention" for kind in setting(trial.model.config, "layer_types") or ())
     return max(0, named - sum(seen is not None for seen in windows))
 
 
@@ -392,7 +399,7 @@ def _difference(ours: Tensor, trial: _Trial, layout: Layout) -> str | None:
 
 def _require_known_head(model: Any) -> None:
     """Refuses a model whose logits are not what our head computes from its hidden states (an unknown scaling, say)."""
-    if not hasattr(model, "base_model") or model.base_model is model:
+    if not hasattr(model, "base_model") or _backbone(model) is model:
         raise UserError(f"{type(model).__name__}: expected a causal language model with a backbone and a linear head")
     probe = LAYOUTS["single"](_probe_quads(model, 0)).to(model.device)
     assert probe.lengths is not None
