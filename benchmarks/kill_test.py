@@ -373,6 +373,8 @@ def run_train(root: Path, times: int, seed: int) -> dict[str, Any]:
         if not place.is_dir():
             (place / "first").mkdir(parents=True)
             shutil.copy(material / "quads.jsonl", place / "first" / "quads.jsonl")
+        for folder in _half_written(place / "first" / TRAIN):
+            (folder / LEFT).touch()
         words = [TRAIN, str(examples / "first.toml"), "--root", str(place), "--model.path", str(material / "model")]
         words += [word for name, value in TRAIN_FLAGS.items() for word in (f"--train.{name}", value)]
         process = FORKS.Process(target=_command, args=(words, str(place / "log")))
@@ -417,8 +419,15 @@ def run_train(root: Path, times: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _unfinished(folder: Path) -> bool:
-    return any(not (path / "bvpo_run.json").exists() for path in folder.glob("checkpoint-*"))
+LEFT = "left-by-an-earlier-kill"
+"""Marks a half-written folder that was there before the start; training deletes such a folder before it writes it anew."""
+
+
+def _half_written(folder: Path) -> list[Path]:
+    """Checkpoints and the final model that this process has begun and not finished."""
+    checkpoints = [path for path in folder.glob("checkpoint-*") if not (path / "bvpo_run.json").exists()]
+    final = [path for path in [folder / "_final"] if path.exists()]
+    return [path for path in [*checkpoints, *final] if not (path / LEFT).exists()]
 
 
 def _kill_training(process: Any, folder: Path, seconds: float, dice: random.Random) -> str | None:
@@ -427,7 +436,7 @@ def _kill_training(process: Any, folder: Path, seconds: float, dice: random.Rand
     skip, began = dice.randrange(3), time.monotonic()
     is_in_save = False
     while process.is_alive():
-        saves = _unfinished(folder) or (folder / "_final").exists()
+        saves = bool(_half_written(folder))
         skip -= saves and not is_in_save
         is_in_save = saves
         if skip < 0 if kind == "saving" else time.monotonic() - began >= moment:
@@ -438,9 +447,10 @@ def _kill_training(process: Any, folder: Path, seconds: float, dice: random.Rand
     process.join()
     if process.exitcode != -signal.SIGKILL:
         return None
-    if (folder / "_final").exists():
+    half_written = _half_written(folder)
+    if folder / "_final" in half_written:
         return "while the final model was written"
-    if _unfinished(folder):
+    if half_written:
         return "within a save or a rotation"
     return "between saves" if any(folder.glob("checkpoint-*")) else "before the first save"
 

@@ -95,13 +95,10 @@ def _stopping() -> Iterator[_Stop]:
 
 def _run(config: ExperimentConfig, options: StageOptions, experiment: Experiment, stop: _Stop) -> None:
     """Everything heavy is imported here, after the config has been checked."""
-    from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
     from bvpo.training.arguments import arguments_from
-    from bvpo.training.callbacks import Stopped
-    from bvpo.training.estimate import estimate_run, require_fit
-    from bvpo.training.objective import Objective
+    from bvpo.training.estimate import require_fit
 
     transformers_logging.disable_progress_bar()  # one bar: ours
     output = experiment.train
@@ -112,15 +109,11 @@ def _run(config: ExperimentConfig, options: StageOptions, experiment: Experiment
         reasoning_format=config.model.format,
         custom_format=config.model.custom_format,
     )
-    objective = Objective(args.loss_config(), args.trace_estimator, args.anchor_config())  # type: ignore[arg-type]
-    model_config = _load(AutoConfig, config)
+    model_config = _load_config(config)
     tokenizer = _load_tokenizer(config)
     train_tokens, eval_tokens, held_out = _tokens(config, args, tokenizer, model_config)
-    lora_rank = config.train.lora.rank if config.train.lora.enabled else None
-    held = args.reference == "held" or (objective.needs_kl and lora_rank is None)
-    estimate = estimate_run(model_config, train_tokens, args, lora_rank=lora_rank, needs_held_reference=held)
-    is_main = args.process_index == 0
-    if is_main:
+    estimate = _estimate(config, args, model_config, train_tokens)
+    if args.process_index == 0:
         _say(config, args, estimate, train_tokens, eval_tokens)
     require_fit(estimate, args.device)
     if options.dry_run:
@@ -129,27 +122,48 @@ def _run(config: ExperimentConfig, options: StageOptions, experiment: Experiment
     if _is_done(experiment, trainer, eval_tokens):
         return
     checkpoint = trainer.newest_checkpoint()
-    if is_main:
-        _begin(experiment, config, trainer, has_work=bool(checkpoint))
-    if checkpoint and is_main:
-        logger.info("resuming from %s", checkpoint)
-    started = time.perf_counter()
-    stop.trainer = trainer
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint or None)
-    except Stopped:
-        if is_main:
-            logger.info(
-                "stopped      checkpoint saved at step %d of %d", trainer.state.global_step, trainer.state.max_steps
-            )
-        stop.leave()
-    _save_final(trainer, experiment)
-    seconds = time.perf_counter() - started
+    if args.process_index == 0:
+        _begin(experiment, config, trainer, checkpoint)
+    seconds = _train(trainer, experiment, checkpoint, stop)
     _write_held_out(trainer, experiment, eval_tokens, held_out, checkpoint)
     if trainer.is_world_process_zero():
         _finish(trainer, experiment, seconds, train_tokens, eval_tokens)
     if args.push_to_hub:
         trainer.push_to_hub()
+
+
+def _load_config(config: ExperimentConfig) -> Any:
+    from transformers import AutoConfig
+
+    return _load(AutoConfig, config)
+
+
+def _estimate(config: ExperimentConfig, args: Any, model_config: Any, tokens: Any) -> Any:
+    """What the run will cost."""
+    from bvpo.training.estimate import estimate_run
+    from bvpo.training.objective import Objective
+
+    objective = Objective(args.loss_config(), args.trace_estimator, args.anchor_config())
+    lora_rank = config.train.lora.rank if config.train.lora.enabled else None
+    held = args.reference == "held" or (objective.needs_kl and lora_rank is None)
+    return estimate_run(model_config, tokens, args, lora_rank=lora_rank, needs_held_reference=held)
+
+
+def _train(trainer: Any, experiment: Experiment, checkpoint: str, stop: _Stop) -> float:
+    """All steps, and the final model; the seconds they took. Asked to stop, it leaves behind a checkpoint."""
+    from bvpo.training.callbacks import Stopped
+
+    started = time.perf_counter()
+    stop.trainer = trainer
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint or None)
+    except Stopped:
+        state = trainer.state
+        if trainer.is_world_process_zero():
+            logger.info("stopped      checkpoint saved at step %d of %d", state.global_step, state.max_steps)
+        stop.leave()
+    _save_final(trainer, experiment)
+    return time.perf_counter() - started
 
 
 def _is_done(experiment: Experiment, trainer: Any, eval_tokens: Any) -> bool:
@@ -279,12 +293,14 @@ def _peft_config(config: ExperimentConfig) -> Any:
     )
 
 
-def _begin(experiment: Experiment, config: ExperimentConfig, trainer: Any, *, has_work: bool) -> None:
+def _begin(experiment: Experiment, config: ExperimentConfig, trainer: Any, checkpoint: str) -> None:
     """Refuses to go on with other settings than the folder's run was started with, then records these."""
-    if not has_work and not experiment.final.is_dir():
+    if not checkpoint and not experiment.final.is_dir():
         experiment.forget("train")  # nothing of an earlier try is left that could be mixed up
     experiment.begin("train", config=_settings(trainer))
     experiment.write_config(dump_toml(config))
+    if checkpoint:
+        logger.info("resuming from %s", checkpoint)
 
 
 def _say(config: ExperimentConfig, args: Any, estimate: Any, train_tokens: Any, eval_tokens: Any) -> None:

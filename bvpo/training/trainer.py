@@ -547,7 +547,13 @@ class BVPOTrainer(Trainer):
         if is_main:
             with checkpoints.full_disk(folder, "saving a checkpoint"):
                 checkpoints.seal(folder, self.identity(), progress)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(folder))
+        if is_main:
             checkpoints.rotate(root, limit, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """transformers uploads a checkpoint before it has its marker, without which nobody could resume from it."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -20,22 +21,33 @@ from bvpo.training.loading import end_process
 QUADS = random_quads(10, seed=7, ragged_views=True, tails=True)
 
 
-def train(folder: Path) -> None:
+def train(folder: Path, wrapper: str = "DistributedDataParallel", dtype: Any = torch.float64, **settings: Any) -> None:
     """Three optimizer steps through the real loop, then the margins of five quads; under torchrun accelerate wraps the model
     in DDP."""
-    model = use_exact_norms(tiny_causal_lm("qwen2", seed=2))
+    model = use_exact_norms(tiny_causal_lm("qwen2", seed=2, dtype=dtype))
     trainer = make_trainer(
         folder / f"rank{os.environ.get('RANK', '0')}", model, QUADS, beta=0.3, learning_rate=1e-3,
         quads_per_step=4, output_dir=str(folder / "out"), logging_steps=1, lr_scheduler_type="constant", warmup_steps=0,
-        eval_dataset=write_tokens(folder / f"eval{os.environ.get('RANK', '0')}", QUADS[:5]),
+        eval_dataset=write_tokens(folder / f"eval{os.environ.get('RANK', '0')}", QUADS[:5]), **settings,
     )  # fmt: skip
-    trainer.train()
+    trainer.train(resume_from_checkpoint=trainer.newest_checkpoint() or None)
     margins = trainer.held_out_margins()
     if dist.is_initialized():
-        assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel", type(trainer.model_wrapped)
+        assert type(trainer.model_wrapped).__name__ == wrapper, type(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         torch.save({"state": trainer.model.state_dict(), "logs": logs, "margins": margins}, folder / "result.pt")
+
+
+def zero2(folder: Path) -> None:
+    """The same under DeepSpeed's ZeRO-2, which knows no float64; in a single process without DeepSpeed. Steps are cut, so
+    that gradients add up over several backward passes of a rank. Run again, it resumes."""
+    stage = {"stage": 2, "overlap_comm": False}
+    config = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", "zero_optimization": stage}
+    config["zero_allow_untested_optimizer"] = True
+    plugin = {"deepspeed": config} if "RANK" in os.environ else {}
+    saves: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+    train(folder, "DeepSpeedEngine", torch.float32, tokens_per_micro_batch=90, **saves, **plugin)
 
 
 def fsdp2(folder: Path) -> None:
@@ -66,7 +78,7 @@ class Teardown:
 
 
 if __name__ == "__main__":
-    {"train": train, "fsdp2": fsdp2}[sys.argv[1]](Path(sys.argv[2]))
+    {"train": train, "zero2": zero2, "fsdp2": fsdp2}[sys.argv[1]](Path(sys.argv[2]))
     if dist.is_initialized():
         last = Teardown()
         end_process()

@@ -164,15 +164,17 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_checkpoint(tmp_path, monkeyp
 
 def test_the_second_in_a_folder_is_refused_and_a_fork_keeps_no_lock(tmp_path):
     """Mutations: waits for ever; a killed trainer's data-loader worker holds the lock."""
-    release, wait = os.pipe()
+    (release, wait), (here, forked) = os.pipe(), os.pipe()
     with folder_lock(tmp_path, "train", refusal="busy"):
         with pytest.raises(UserError, match="busy"), folder_lock(tmp_path, "train", refusal="busy"):
             pass
         child = os.fork()
         if child == 0:
             os.close(wait)
+            os.write(forked, b".")
             os.read(release, 1)  # lives until the parent closes its end
             os._exit(0)
+        os.read(here, 1)
     with folder_lock(tmp_path, "train", refusal="the child holds it"):
         pass
     os.close(wait)

@@ -3,6 +3,8 @@ CPU and runs DDP, so sharding is tested directly). Every run asserts that the wr
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -12,11 +14,13 @@ import pytest
 import torch
 from training_fixtures import make_trainer, step_gradients, tiny_causal_lm, use_exact_norms
 
+from bvpo.training.checkpoints import damage
+
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
 def run(mode: str, folder: Path, processes: int) -> dict:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2]), "GLOO_SOCKET_IFNAME": "lo"}
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
@@ -52,6 +56,51 @@ def test_two_fsdp2_processes_equal_one(tmp_path):
     torch.testing.assert_close(sharded["loss"], loss, rtol=1e-9, atol=1e-10)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(sharded["gradients"][name], parameter.grad, rtol=1e-8, atol=1e-10, msg=name)
+
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+
+@needs_deepspeed
+def test_two_zero2_processes_equal_one_without_deepspeed(tmp_path):
+    """Weights, logged numbers, margins; resumed from the second step, too. ZeRO-2 adds up float32 in another order.
+    Mutations: gradients of all but the last micro-batch lost; DeepSpeed's step taken at every backward pass; the loss
+    divided by the number of ranks; a checkpoint without the optimizer's shards taken for whole."""
+    one, two = run("zero2", tmp_path / "one", 1), run("zero2", tmp_path / "two", 2)
+    checkpoint = tmp_path / "two" / "out" / "checkpoint-3"
+    shards = sorted(path.name for path in checkpoint.rglob("*optim_states.pt"))
+    assert [name.partition("_mp")[0] for name in shards] == ["zero_pp_rank_0", "zero_pp_rank_1"]
+    next(checkpoint.rglob("zero_pp_rank_1*")).unlink()
+    assert "optim_states.pt is missing" in damage(checkpoint)
+    for found in (two, run("zero2", tmp_path / "two", 2)):
+        for name, value in one["state"].items():
+            torch.testing.assert_close(found["state"][name], value, rtol=1e-5, atol=2e-5, msg=name)
+        assert len(one["logs"]) == len(found["logs"]) == 3
+        for a, b in zip(one["logs"], found["logs"], strict=True):
+            for name in ("loss", "trace/loss", "empty/rewards/margins", "trace/pairs", "grad_norm"):
+                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
+        for a, b in zip(one["margins"], found["margins"], strict=True):
+            assert a == pytest.approx(b, abs=1e-4)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("how", ["a setting", "accelerate launch"])
+def test_zero_3_is_refused_by_the_command(tmp_path, monkeypatch, capsys, how):
+    """With accelerate's own plugin, before any work. Mutation: only what [train.hf] says is looked at."""
+    from bvpo.cli import main
+
+    stage = {"deepspeed": str(tmp_path / "zero3.json")} if how == "a setting" else {}
+    (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    if not stage:
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    flags = {"use_cpu": "true", **stage}
+    (tmp_path / "quads.jsonl").write_text("")
+    (tmp_path / "some.toml").write_text('name = "some"\n[model]\npath = "none"\n[data]\nquads = "quads.jsonl"\n')
+    words = [word for name, value in flags.items() for word in (f"--train.hf.{name}", value)]
+    assert main(["train", str(tmp_path / "some.toml"), "--root", str(tmp_path), *words]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "ZeRO-3 is not supported" in said[0]
 
 
 def test_the_command_ends_past_the_interpreters_teardown(monkeypatch: pytest.MonkeyPatch) -> None:

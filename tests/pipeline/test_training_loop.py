@@ -10,7 +10,7 @@ import torch
 from training_fixtures import make_trainer, random_quads, tiny_causal_lm, write_tokens
 
 from bvpo.strict import UserError
-from bvpo.training.checkpoints import read
+from bvpo.training.checkpoints import damage, read
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -232,6 +232,22 @@ def test_the_hub_gets_neither_data_nor_reference(tmp_path):
     named = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
     assert {name for name in named if not name.startswith(("_", "checkpoint-"))} == set()
     assert "_reference" in named
+
+
+def test_an_uploaded_checkpoint_can_be_resumed_from(tmp_path, monkeypatch):
+    """Mutations: the upload before the marker is written, as transformers has it; none at all."""
+    from transformers import Trainer
+
+    uploaded = []
+
+    def upload(self, folder):
+        uploaded.append((Path(folder).name, damage(Path(folder))))
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", upload)
+    run = trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    run.args.push_to_hub = True
+    run.train()
+    assert uploaded == [("checkpoint-1", ""), ("checkpoint-2", "")]
 
 
 def test_the_same_weights_under_another_config_are_another_reference(tmp_path):
