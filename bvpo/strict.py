@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 import os
+import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -27,8 +28,33 @@ _SCALARS = frozenset({str, int, float, bool, type(None)})
 _EXPECTED = {str: "a string", int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
 
 
+# Behind the host: what stands for the port and is no number, and a query.
+_ODD_PORT = re.compile(r"\A([^/:@\[]+):(?=[^'\",;)\]])(?!\d{1,5}(?:[/:'\"?#\]),;]|$)).*", re.DOTALL)
+_QUERY = re.compile(r"\A([^?'\"]+\?)[^'\"]+")
+
+
+def without_secrets(text: str) -> str:
+    """The text without the passwords and queries of the addresses in it."""
+    return re.sub(r"\S+", lambda word: _public(word[0]), text) if "//" in text or "@" in text else text
+
+
+def _public(word: str) -> str:
+    """All before the last ``@`` of an address may be its password."""
+    start, slashes, rest = word.partition("//")
+    if slashes:
+        _, at, host = rest.rpartition("@")
+        rest = f"***@{host}" if at else _QUERY.sub(r"\1***", _ODD_PORT.sub("***", rest))
+        return f"{start}//{rest}"
+    name, at, host = word.rpartition("@")
+    return f"***@{host}" if at and ":" in name else word
+
+
 class UserError(ValueError):
-    """A mistake of the user's, told in one line; the command line prints it without a traceback and exits with 2."""
+    """A mistake of the user's, told in one line; the command line prints it without a traceback and exits with 2.
+    Passwords in addresses are left out of it."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_secrets(message))
 
 
 class OtherSettings(UserError):
@@ -41,7 +67,7 @@ class FieldError(UserError):
     def __init__(self, where: str, field: str, problem: str) -> None:
         super().__init__(f"{where}: {problem}" if where else problem)
         self.field = field
-        self.problem = problem
+        self.problem = without_secrets(problem)
 
     def at(self, where: str) -> FieldError:
         """The same complaint with another address."""
@@ -70,7 +96,10 @@ def show(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return f"{str(value).lower()} (bool)"
-    text = repr(value)
+    if isinstance(value, str) and "//" in value:  # a password may hold a space, and must not be cut in the middle
+        start, _, rest = value.partition("//")
+        value = f"{start}//***@{rest.rpartition('@')[2]}" if "@" in rest else value
+    text = without_secrets(repr(value))
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 

@@ -17,12 +17,13 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """An answer that is no reply: a status and body, a reply cut short, or a closed connection (status 0)."""
+    """An answer that is no reply: a status and body, a reply cut short, any bytes, or a closed connection (status 0)."""
 
     status: int = 200
     message: str = "fault"
     content: str | None = None
     finish: str = "stop"
+    raw: bytes | None = None  # a body that is no reply at all
     headers: dict[str, str] = field(default_factory=lambda: {"retry-after-ms": "1"})
 
 
@@ -32,6 +33,7 @@ class JudgeServer:
     texts: list[str] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
     most_at_once: int = 0
     at_once: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -53,6 +55,7 @@ def judge_server(answer: Callable[[str, int], str | Fault], delay: float = 0.0) 
                 state.texts.append(text)
                 state.bodies.append(body)
                 state.keys.append(self.headers.get("authorization", ""))
+                state.headers.append({name.lower(): value for name, value in self.headers.items()})
                 number = len(state.texts)
             time.sleep(delay)
             given = answer(text, number)
@@ -79,6 +82,7 @@ def judge_server(answer: Callable[[str, int], str | Fault], delay: float = 0.0) 
             }
             reply["usage"] = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
             data = json.dumps(reply if given.status == 200 else {"error": {"message": given.message}}).encode()
+            data = data if given.raw is None else given.raw
             self.send_response(given.status)
             for name, value in given.headers.items():
                 self.send_header(name, value)

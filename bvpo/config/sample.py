@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from bvpo.config.ranges import FILLED, SHARE, Problems, Range, all_filled, at_least, each_once
+from bvpo.web import ADDRESS, is_address
 
 _ENGINE_OPTIONS_FROM_ELSEWHERE = {
     "endpoints": "sample.endpoints",
@@ -21,6 +22,8 @@ def _is_shard(text: str) -> bool:
     return bool(slash) and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)
 
 
+# Here, because a function inside an annotation cannot see the module's names.
+_ADDRESSES = Range(lambda v: all(map(is_address, v)), f"for each server {ADDRESS}")
 _SHARD = Range(lambda v: not v or _is_shard(v), "a part such as 0/4, from 0/4 to 3/4")
 
 
@@ -31,7 +34,7 @@ class SampleConfig:
     engine: Annotated[str, FILLED] = "embedded"
     """What generates: 'embedded' (transformers, in this process), 'openai' (compatible servers), 'vllm' (in process), or
     'ray' (one of these as actors on many machines)."""
-    endpoints: Annotated[tuple[str, ...], all_filled("addresses")] = ()
+    endpoints: Annotated[tuple[str, ...], _ADDRESSES] = ()
     """Addresses of the servers of engine 'openai', such as http://127.0.0.1:8000/v1; several share the work."""
     options: dict[str, Any] = field(default_factory=dict)
     """Any other option of the engine, by its own name, such as options.max_batch_rows = 32; see docs/sampling.md."""

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from bvpo.config.ranges import FILLED, POSITIVE, Problems, Range, at_least
+from bvpo.web import ADDRESS, is_address
 
+_ADDRESS = Range(lambda v: not v or is_address(v), ADDRESS)
 _SCORER_SECTIONS = {"armorm": "reward_model", "classifier": "reward_model", "function": "function", "judge": "judge"}
 
 
@@ -47,16 +49,11 @@ class JudgeConfig:
 
     model: str = ""
     """Name of the judge as the endpoint knows it; a dated version keeps scores comparable."""
-    base_url: Annotated[
-        str,
-        Range(
-            lambda v: not v or (v.startswith(("http://", "https://")) and "@" not in v),
-            "an address with http:// or https:// and without a password",
-        ),
-    ] = ""
+    base_url: Annotated[str, _ADDRESS] = ""
     """Address of the endpoint, such as http://127.0.0.1:8000/v1; empty takes OPENAI_BASE_URL, else OpenAI's own."""
-    api_key_env: Annotated[str, FILLED] = "OPENAI_API_KEY"
-    """Environment variable that holds the key. Keys are never read from files, logged or stored."""
+    api_key_env: str = ""
+    """Environment variable that holds the key; empty sends OPENAI_API_KEY, to OpenAI's own address or that of
+    OPENAI_BASE_URL and to no other. Keys are never read from files, logged or stored."""
     mode: Literal["pointwise", "pairwise"] = "pointwise"
     """'pointwise' rates each answer; 'pairwise' compares the answers to a prompt, each two in both orders, and scores
     the share of comparisons won."""

@@ -2,8 +2,8 @@
 
 In: answers; a cache of earlier replies. Out: ratings ('pointwise'), or the share of comparisons that an answer wins
 against its rivals, each two in both orders ('pairwise'). Requests run concurrently, are repeated with growing pauses when
-they fail for a passing reason, and are never repeated once answered. A reply without a verdict is a failure, never a
-number. The key comes from the environment and appears in no log, error, fingerprint or file.
+they fail for a passing reason, and are never repeated once answered. A reply without a verdict, or that is no reply, is a
+failure, never a number. The key comes from the environment and appears in no log, error, fingerprint or file.
 """
 
 from __future__ import annotations
@@ -24,6 +24,18 @@ from bvpo.keys import content_hash
 from bvpo.scorers.base import Estimate, Needs, Outcome, ReplyCache, ScoreItem, about_tokens, one_line
 from bvpo.scorers.judging import NoVerdict, Verdict, load_rubric, tally
 from bvpo.strict import UserError
+from bvpo.web import (
+    OPENAI_URL,
+    BadAnswer,
+    environment_url,
+    http_client,
+    is_openais,
+    named_key,
+    only_choice,
+    parse_object,
+    redact,
+    usage_count,
+)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -31,6 +43,9 @@ R = TypeVar("R")
 
 MAX_UNREACHABLE = 20  # requests in a row that never got an answer: the endpoint is gone, not the request bad
 _ASSUMED_REPLY = 1024  # tokens, where max_tokens sets no limit
+_OPENAI_KEY = "OPENAI_API_KEY"
+_NO_KEY = "EMPTY"  # what a server that needs no key is sent; the client refuses to send nothing
+_UNNAMED = "no key was sent, because score.judge.api_key_env names none for this address"
 _REFUSED = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
 
 
@@ -189,16 +204,18 @@ class Endpoint:
     """The connection to one endpoint, for one event loop."""
 
     def __init__(self, config: JudgeConfig) -> None:
-        self._key = api_key(config)
+        url = config.base_url or environment_url() or OPENAI_URL
+        self._key = api_key(config, url)
         self._gate = asyncio.Semaphore(config.concurrency)
-        self._env = config.api_key_env
+        self._hint = f"check {config.api_key_env or _OPENAI_KEY}" if self._key else _UNNAMED
         self._unreachable = 0
         self.usage: Counter[str] = Counter()
         self._client = openai.AsyncOpenAI(
-            api_key=self._key or "none",
-            base_url=config.base_url or None,
+            api_key=self._key or _NO_KEY,
+            base_url=url,
             max_retries=config.retries,
             timeout=config.timeout,
+            http_client=http_client(url, self._key or _NO_KEY, config.timeout),
         )
 
     async def reply(self, body: dict[str, Any]) -> tuple[str, str]:
@@ -206,10 +223,10 @@ class Endpoint:
         :class:`UserError` when all would."""
         async with self._gate:
             try:
-                answer = await self._client.chat.completions.create(**_arguments(body))
+                answer = await self._client.chat.completions.with_raw_response.create(**_arguments(body))
             except _REFUSED as error:
                 what = f"{error.status_code} {type(error).__name__}"
-                hint = f"check {self._env}" if error.status_code != 404 else "check score.judge.model and base_url"
+                hint = self._hint if error.status_code != 404 else "check score.judge.model and base_url"
                 raise UserError(f"score.judge: the endpoint refuses every request ({what}); {hint}") from None
             except openai.APIConnectionError as error:  # timeouts included
                 raise self._lost(error) from None
@@ -217,18 +234,31 @@ class Endpoint:
                 self._unreachable = 0
                 raise NoReply(self.safe(str(error))) from None
         self._unreachable = 0
-        self._count(answer.usage)
-        choice = answer.choices[0] if answer.choices else None
-        if choice is None or not choice.message.content:
-            raise NoReply(f"the reply is empty (finish reason {choice.finish_reason if choice else 'none'})")
-        if choice.finish_reason == "length":
-            raise NoReply("the reply was cut at its longest length (score.judge.max_tokens) before it ended")
-        return choice.message.content, answer.model or ""
+        try:
+            return self._read(answer.content)
+        except BadAnswer as error:
+            raise NoReply(self.safe(f"unusable answer: {error}")) from None
 
-    def _count(self, usage: Any) -> None:
-        self.usage["replies"] += 1
-        self.usage["tokens in"] += getattr(usage, "prompt_tokens", None) or 0
-        self.usage["tokens out"] += getattr(usage, "completion_tokens", None) or 0
+    def _read(self, raw: bytes) -> tuple[str, str]:
+        """Reply and model of a raw answer; :class:`BadAnswer` where it is none, :class:`NoReply` where it says nothing."""
+        answer = parse_object(raw)
+        choice = only_choice(answer)
+        for name, field in (("replies", ""), ("tokens in", "prompt_tokens"), ("tokens out", "completion_tokens")):
+            self.usage[name] += (usage_count(answer, field) or 0) if field else 1
+        message = choice.get("message")
+        content = message.get("content") if isinstance(message, dict) else None
+        if content is not None and not isinstance(content, str):
+            raise BadAnswer("the message's content is no text")
+        if not content:
+            raise NoReply(self.safe(f"the reply is empty (finish reason {choice.get('finish_reason')})"))
+        if choice.get("finish_reason") == "length":
+            raise NoReply("the reply was cut at its longest length (score.judge.max_tokens) before it ended")
+        model = answer.get("model")
+        return self._clean(content), self._clean(model) if isinstance(model, str) else ""
+
+    def _clean(self, text: str) -> str:
+        """Text of a server's as files can hold it: without the key, which it may repeat, and as UTF-8."""
+        return redact(text.encode("utf-8", "replace").decode(), self._key)
 
     async def close(self) -> None:
         await self._client.close()
@@ -237,7 +267,7 @@ class Endpoint:
 
     def safe(self, text: str) -> str:
         """An error text as it may be stored: one line, without the key."""
-        return one_line(text.replace(self._key, "***") if self._key else text)
+        return one_line(redact(text, self._key))
 
     def _lost(self, error: Exception) -> Exception:
         self._unreachable += 1
@@ -250,12 +280,17 @@ class Endpoint:
         return NoReply(f"no answer from the endpoint: {reason}")
 
 
-def api_key(config: JudgeConfig) -> str:
-    """The key from the environment; a server of one's own may need none."""
-    key = os.environ.get(config.api_key_env, "").strip()
-    if not key and not (config.base_url or os.environ.get("OPENAI_BASE_URL")):
-        raise UserError(f"score.judge.api_key_env: the environment variable {config.api_key_env} is not set")
-    return key
+def api_key(config: JudgeConfig, url: str) -> str:
+    """The key that the config names; where it names none, OpenAI's for OpenAI's addresses. Others may need none."""
+    if config.api_key_env:
+        return named_key(config.api_key_env, "score.judge.api_key_env")
+    if not is_openais(url):
+        return ""
+    return (
+        named_key(_OPENAI_KEY, "score.judge.api_key_env")
+        if url == OPENAI_URL
+        else os.environ.get(_OPENAI_KEY, "").strip()
+    )
 
 
 def _arguments(body: dict[str, Any]) -> dict[str, Any]:

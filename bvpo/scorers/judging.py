@@ -58,7 +58,10 @@ better, [[B]] if answer B is better, [[C]] if neither is.
 
 PATTERNS = {"pointwise": r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]", "pairwise": r"\[\[\s*([ABC])\s*\]\]"}
 _PLACES = {"pointwise": ("prompt", "answer"), "pairwise": ("prompt", "answer_a", "answer_b")}
+_TRACE = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 _END_OF_TRACE = "</think>"
+# What of a text under judgement could be taken for the frame around it, or for the judge's own trace.
+_FRAME = re.compile(r"<(\s*/?\s*(?:answer(?:_[ab])?|conversation|think)\s*>)", re.IGNORECASE)
 
 
 class NoVerdict(Exception):
@@ -76,8 +79,9 @@ class Rubric:
     rating_max: float
 
     def request(self, messages: Sequence[Message], answers: Mapping[str, str]) -> str:
-        """The judge's instructions with conversation and answers filled in; what is filled in is not read again."""
-        values = {"prompt": conversation_text(messages), **answers}
+        """The judge's instructions with conversation and answers filled in; what is filled in is not read again, closes no
+        frame, and holds no verdict that a judge could repeat."""
+        values = {name: self._inert(text) for name, text in {"prompt": conversation_text(messages), **answers}.items()}
         values |= {"rating_min": f"{self.rating_min:g}", "rating_max": f"{self.rating_max:g}"}
         return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), self.template)
 
@@ -99,8 +103,17 @@ class Rubric:
             return found
         raise NoVerdict(f"the verdict {found!r} is none of A, B, C")
 
+    def _inert(self, text: str) -> str:
+        r"""``</answer>`` becomes ``<\/answer>``, and what reads as a verdict gets spaces between its characters."""
+        return self.pattern.sub(lambda match: " ".join(match[0]), _FRAME.sub(r"<\\\1", text))
+
     def _verdict(self, reply: str) -> str:
-        text = reply.rpartition(_END_OF_TRACE)[2]  # a reasoning judge may weigh several verdicts before its answer
+        # A reasoning judge may weigh several verdicts in its trace. Only what opens the reply is one: text that merely holds
+        # the closing marker (quoted from the answer, say) must not make the judge's own verdict go unread.
+        trace = _TRACE.match(reply)
+        text = reply[trace.end() :] if trace else reply
+        if trace and _END_OF_TRACE in text:
+            raise NoVerdict(f"the reply closes its trace ({_END_OF_TRACE}) more than once")
         found = list(dict.fromkeys(match[1] for match in self.pattern.finditer(text)))
         if not found:
             tail = " ".join(text.split())[-80:]

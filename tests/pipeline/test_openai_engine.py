@@ -452,7 +452,7 @@ def test_addresses():
     for bad in ("127.0.0.1:8000", "ftp://a", "http://"):
         with pytest.raises(UserError, match="expected an address"):
             base_url(bad)
-    with pytest.raises(UserError, match="no credentials") as caught:
+    with pytest.raises(UserError, match="expected an address") as caught:
         base_url("http://me:hunter2@host:1/v1")
     assert "hunter2" not in str(caught.value)
 

@@ -10,7 +10,8 @@ import pytest
 from models_fixtures import tiny_tokenizer
 
 from bvpo.engines.base import Request, Sampling
-from bvpo.engines.http.wire import BadAnswer, Vocabulary, Wire, sent_seed
+from bvpo.engines.http.wire import Vocabulary, Wire, sent_seed
+from bvpo.web import BadAnswer
 
 VOCABULARY = Vocabulary(tiny_tokenizer())
 WIRE = Wire(model="m", dialect="vllm", prompts="ids", vocabulary=VOCABULARY)

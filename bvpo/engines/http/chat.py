@@ -16,21 +16,12 @@ from bvpo.engines.base import Caps, Generation, Request, Sampling
 from bvpo.engines.http.checks import Finding, Notes, Policy, Report
 from bvpo.engines.http.endpoints import GaveUp, Job
 from bvpo.engines.http.preflight import Ask, check_sampling, seed_bits, signature
-from bvpo.engines.http.wire import (
-    BadAnswer,
-    Path,
-    Reading,
-    Vocabulary,
-    finish_reason,
-    only_choice,
-    parse_object,
-    sent_seed,
-    usage_count,
-)
+from bvpo.engines.http.wire import Path, Reading, Vocabulary, finish_reason, sent_seed
 from bvpo.formats import ReasoningFormat, completion_ids, end_ids, render, view_prompt
 from bvpo.formats.prompts import encode
 from bvpo.records import Message, View
 from bvpo.strict import UserError
+from bvpo.web import BadAnswer, only_choice, parse_object, usage_count
 
 _PROBE = (Message(role="user", content="Name three colours and say why you like them."),)
 _TOKENS = 16

@@ -15,7 +15,6 @@ import asyncio
 import email.utils
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,14 +23,14 @@ from urllib.parse import urlsplit
 
 import openai
 
-from bvpo.engines.http.wire import BadAnswer, Path
-from bvpo.strict import UserError
+from bvpo.engines.http.wire import Path
+from bvpo.strict import UserError, show
+from bvpo.web import ADDRESS, BadAnswer, http_client, is_address, named_key, redact
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # What a server that needs no key is sent; the client refuses to send nothing.
 _NO_KEY = "EMPTY"
 _BUSY_ANSWERS_PER_CALL = 200
@@ -110,25 +109,17 @@ class Job:
 
 def base_url(url: str) -> str:
     """The normalised address: scheme and host are required, ``/v1`` is added to a bare host, credentials are refused."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"endpoint: got {url!r}, expected an address such as http://127.0.0.1:8000/v1")
-    if parts.username or parts.password or parts.query:
+    if not is_address(url):
         raise UserError(
-            f"endpoint {parts.hostname}: no credentials or queries in the address, which is logged; put the key into an "
-            "environment variable and name that in api_key_env"
+            f"endpoint: got {show(url)}, expected {ADDRESS}, such as http://127.0.0.1:8000/v1; a key goes into an "
+            "environment variable, which api_key_env names"
         )
-    return url.rstrip("/") if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
+    return url.rstrip("/") if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"
 
 
 def api_key(variable: str) -> str | None:
     """The key from the environment variable of this name; no name, no key."""
-    if not variable:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise UserError(f"api_key_env: the environment variable {variable!r} is not set")
-    return key
+    return named_key(variable, "api_key_env") if variable else None
 
 
 class Endpoint:
@@ -146,14 +137,12 @@ class Endpoint:
         self._rounds = self._busy_rounds = self._bad_in_a_row = 0
         self._last_fault = -1.0
         self._open: set[asyncio.Future[Any]] = set()
-        # A proxy from the environment must not swallow calls to this machine.
-        local = urlsplit(url).hostname in _LOOPBACK
         self.client = openai.AsyncOpenAI(
             base_url=url,
             api_key=key or _NO_KEY,
             max_retries=0,
             timeout=openai.Timeout(policy.timeout_s, connect=policy.connect_timeout_s),
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=False) if local else None,
+            http_client=http_client(url, key or _NO_KEY),
         )
 
     async def ask(self, job: Job) -> Any:
@@ -217,8 +206,7 @@ class Endpoint:
 
     def _public(self, message: str) -> str:
         """One line without the key, which some servers repeat in their complaints."""
-        line = " ".join(message.split())
-        return line.replace(self._key, "***")[:300] if self._key else line[:300]
+        return redact(" ".join(message.split()), self._key)[:300]
 
     async def get(self, path: str) -> Any:
         """JSON of a GET next to the API (``models``) or on the server's root (``/version``); raises :class:`Fault`."""
@@ -230,7 +218,7 @@ class Endpoint:
             raise Fault("silent", f"no answer within {self._policy.probe_timeout_s:g} s") from None
         except openai.OpenAIError as error:
             raise self._fault(error) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Fault("bad", self._public(f"unusable answer: {error}")) from None
 
     async def note_fault(self, fault: Fault, started: float) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 from bvpo.engines.base import Caps, Generation, Request, Sampling
 from bvpo.engines.http.checks import Finding, Notes, Policy, Report
 from bvpo.engines.http.endpoints import GaveUp, Job
-from bvpo.engines.http.wire import BadAnswer, Vocabulary, Wire, parse_object, returned_ids, usage_count
+from bvpo.engines.http.wire import Vocabulary, Wire, returned_ids
 from bvpo.strict import UserError
+from bvpo.web import BadAnswer, parse_object, usage_count
 
 # Asks the endpoint, with a retry; raises GaveUp or EndpointsLost.
 Ask = Callable[[Job], Awaitable[Any]]

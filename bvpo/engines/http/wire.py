@@ -9,7 +9,6 @@ nothing is ever tokenised twice. Dialect "plain" sends OpenAI's own fields only.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 from bvpo.engines.base import Generation, Request
 from bvpo.strict import UserError
+from bvpo.web import BadAnswer, only_choice, parse_object, show_short, usage_count
 
 Dialect = Literal["vllm", "plain"]
 PromptForm = Literal["ids", "text"]
@@ -25,10 +25,6 @@ Path = Literal["completions", "chat/completions"]
 _TOKEN_ID = "token_id:"
 # Sums of rounded probabilities may exceed 1 by a little.
 _LARGEST_LOGPROB = 1e-3
-
-
-class BadAnswer(Exception):
-    """A server answered, but not with what was asked for; the message is one line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +165,7 @@ class Wire:
         choice = only_choice(answer)
         text = choice.get("text")
         if not isinstance(text, str):
-            raise BadAnswer(f"the choice's text is {_show(text)}, expected a string")
+            raise BadAnswer(f"the choice's text is {show_short(text)}, expected a string")
         finish = finish_reason(choice)
         self._check_prompt(request, answer, choice)
         ids = self._sampled_ids(request, choice, text, finish)
@@ -270,42 +266,12 @@ def sent_seed(seed: int, bits: int) -> int:
     return seed if 0 <= seed < 2**bits else seed % (2**bits - 1)
 
 
-def parse_object(raw: bytes) -> dict[str, Any]:
-    """The JSON object of an answer."""
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise BadAnswer(f"not JSON: {_show(raw[:60])}") from None
-    if not isinstance(value, dict):
-        raise BadAnswer(f"{_show(value)}, expected a JSON object")
-    return value
-
-
-def only_choice(answer: dict[str, Any]) -> dict[str, Any]:
-    """The one choice that was asked for."""
-    choices = answer.get("choices")
-    if not isinstance(choices, list):
-        raise BadAnswer(f"choices is {_show(choices)}, expected a list")
-    if len(choices) != 1:
-        raise BadAnswer(f"{len(choices)} choices, asked for 1")
-    if not isinstance(choices[0], dict):
-        raise BadAnswer(f"the choice is {_show(choices[0])}, expected an object")
-    return choices[0]
-
-
 def finish_reason(choice: dict[str, Any]) -> Literal["stop", "length"]:
     """Why the response ended; anything else (aborted, filtered, still running) is no response."""
     reason = choice.get("finish_reason")
     if reason not in ("stop", "length"):
-        raise BadAnswer(f"finish_reason is {_show(reason)}, expected 'stop' or 'length'")
+        raise BadAnswer(f"finish_reason is {show_short(reason)}, expected 'stop' or 'length'")
     return reason
-
-
-def usage_count(answer: dict[str, Any], name: str) -> int | None:
-    """A token count of the answer's usage, where it has one."""
-    usage = answer.get("usage")
-    count = usage.get(name) if isinstance(usage, dict) else None
-    return count if type(count) is int else None
 
 
 def returned_ids(choice: dict[str, Any]) -> list[int] | None:
@@ -314,7 +280,7 @@ def returned_ids(choice: dict[str, Any]) -> list[int] | None:
     if direct is None:
         return spelled
     if not isinstance(direct, list) or any(type(i) is not int for i in direct):
-        raise BadAnswer(f"token_ids is {_show(direct)}, expected a list of integers")
+        raise BadAnswer(f"token_ids is {show_short(direct)}, expected a list of integers")
     if spelled is not None and spelled != direct:
         raise BadAnswer("token_ids and logprobs name different tokens")
     return direct
@@ -340,10 +306,5 @@ def sampled_logprobs(choice: dict[str, Any], num_tokens: int) -> tuple[float, ..
         raise BadAnswer(f"{found} log-probabilities for {num_tokens} tokens")
     for value in values:
         if type(value) not in (int, float) or not math.isfinite(value) or value > _LARGEST_LOGPROB:
-            raise BadAnswer(f"log-probability {_show(value)}, expected a finite number of at most 0")
+            raise BadAnswer(f"log-probability {show_short(value)}, expected a finite number of at most 0")
     return tuple(min(0.0, float(value)) for value in values)
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
