@@ -183,7 +183,9 @@ def call(*words: str | Path) -> Outcome:
 
 def configs(chance: Chance, home: Path) -> Outcome:
     """Files and flags; what is taken is written out and read again."""
-    sources = sorted([*ROOT.glob("experiments/*.toml"), *ROOT.glob("recipes/**/*.toml"), home / "cmp.toml", home / "full.toml"])
+    sources = sorted(
+        [*ROOT.glob("experiments/*.toml"), *ROOT.glob("recipes/**/*.toml"), home / "cmp.toml", home / "full.toml"]
+    )
     path = home / "damaged.toml"
     text = chance.choice(sources).read_text(encoding="utf-8")
     flags: list[str] = []
@@ -264,13 +266,22 @@ def preferences(chance: Chance, home: Path) -> Outcome:
     turn = {"role": "user", "content": "Why?"}
     rows: list[dict[str, Any]] = [
         {"prompt": "Why?", "chosen": "<think>\nso\n</think>\n\nYes.", "rejected": "<think>\nno\n</think>\n\nNo."},
-        {"prompt": [turn], "chosen": [{"role": "assistant", "content": "a", "reasoning_content": "t"}], "rejected": "b"},
-        {"chosen": [turn, {"role": "assistant", "content": "a"}], "rejected": [turn, {"role": "assistant", "content": "b"}]},
+        {
+            "prompt": [turn],
+            "chosen": [{"role": "assistant", "content": "a", "reasoning_content": "t"}],
+            "rejected": "b",
+        },
+        {
+            "chosen": [turn, {"role": "assistant", "content": "a"}],
+            "rejected": [turn, {"role": "assistant", "content": "b"}],
+        },
     ]
     lines = "".join(json.dumps(row) + "\n" for row in chance.sample(rows, chance.choice([1, 2, 3]))).encode()
     named = {}
     for view in chance.choice([["trace"], ["empty"], ["trace", "empty"]]):
-        suffix = chance.choice([".jsonl", ".jsonl", ".json", ".parquet"] if chance.random() < 0.15 else [".jsonl", ".json"])
+        suffix = chance.choice(
+            [".jsonl", ".jsonl", ".json", ".parquet"] if chance.random() < 0.15 else [".jsonl", ".json"]
+        )
         path = home / f"{view}{suffix}"
         path.write_bytes(_preference_bytes(chance, lines, suffix))
         named[view] = str(path)
@@ -353,7 +364,15 @@ _VERBS: list[tuple[str, ...]] = [
     ("run", "cmp.toml", "--dry-run"),
 ]
 _READ = {
-    "report": ("cmp/*.*", "*/base/*.*", "*/base/eval/**/*.json*", "*/mix/train/*.json*", "*/mix/*.*", "*/data/*.json", "*/data/*.toml"),
+    "report": (
+        "cmp/*.*",
+        "*/base/*.*",
+        "*/base/eval/**/*.json*",
+        "*/mix/train/*.json*",
+        "*/mix/*.*",
+        "*/data/*.json",
+        "*/data/*.toml",
+    ),
     "compare": ("cmp/*.*", "*/base/*.*", "*/base/eval/**/*.json*", "*/mix/eval/**/*.json*", "*/mix/*.*"),
     "status": ("cmp/*.*", "*/data/*.*", "*/mix/*.*", "*/mix/train/*.json*", "*/mix/train/final/*.json"),
     "run": ("cmp/*.*", "*/data/*.json", "*/mix/*.json"),
@@ -379,7 +398,9 @@ def shards(chance: Chance, home: Path) -> Outcome:
     if chance.random() < 0.3:
         path = chance.choice(sorted((folder / chance.choice(["samples", "scores"])).glob("*.parquet")))
         with damaged(home, path, damaged_bytes(chance, path.read_bytes())):
-            verb = chance.choice([["status"], ["status", "--verify"], ["status", "--repair"], ["inspect"], ["analyze"], ["score"]])
+            verb = chance.choice(
+                [["status"], ["status", "--verify"], ["status", "--repair"], ["inspect"], ["analyze"], ["score"]]
+            )
             target = folder / "config.toml" if verb[0] == "score" else folder
             return call(verb[0], target, *verb[1:])
     place = home / "store"
@@ -398,7 +419,11 @@ def shards(chance: Chance, home: Path) -> Outcome:
     if any(stored.get(key) != sample for key, sample in found.items()) and not store.verify():
         raise Different("a record that nobody stored")
     lost = len(found) < len(stored)
-    if lost and not (store.verify() or store.stats().torn_bytes or path.stat().st_size == 0) and path.suffix == ".parquet":
+    if (
+        lost
+        and not (store.verify() or store.stats().torn_bytes or path.stat().st_size == 0)
+        and path.suffix == ".parquet"
+    ):
         raise Different("records lost, and nothing told")
     store.repair(full=True)
     store.seal()
@@ -428,7 +453,9 @@ def models(chance: Chance, home: Path) -> Outcome:
         elif path.suffix == ".json":
             path.write_bytes(damaged_json_file(chance, data))
         else:
-            path.write_bytes(chance.choice([damaged_bytes(chance, data), data[: chance.randrange(len(data))], _header(chance, data)]))
+            path.write_bytes(
+                chance.choice([damaged_bytes(chance, data), data[: chance.randrange(len(data))], _header(chance, data)])
+            )
     fuzz, data_folder = home / "experiments" / "fuzz", home / "experiments" / "cmp" / "seed-1" / "data"
     shutil.rmtree(fuzz, ignore_errors=True)
     fuzz.mkdir()
@@ -547,7 +574,9 @@ def campaign(kind: str, num: int, home: Path, args: argparse.Namespace) -> dict[
     found["seconds"] = round(time.perf_counter() - started, 1)
     print(f"{kind:<12} " + "  ".join(f"{name} {value}" for name, value in found.items()), flush=True)
     found["faults"] = [
-        {"input": number, "verdict": verdict, "said": said} for number, verdict, said in outcomes if verdict in names[2:]
+        {"input": number, "verdict": verdict, "said": said}
+        for number, verdict, said in outcomes
+        if verdict in names[2:]
     ]
     for fault in found["faults"][: args.show]:
         print(f"  {kind} {fault['input']}: {fault['verdict']}\n    " + fault["said"].strip().replace("\n", "\n    "))

@@ -12,7 +12,19 @@ from typing import Any
 
 Chance = random.Random
 
-CONTROLS = ["\x00", "\x1b]0;owned\x07", "\x1b[31m", "\u202e", "\u2028", "\x85", "\x0c", "\r", "\x7f", "\ufeff", "\ufffe"]
+CONTROLS = [
+    "\x00",
+    "\x1b]0;owned\x07",
+    "\x1b[31m",
+    "\u202e",
+    "\u2028",
+    "\x85",
+    "\x0c",
+    "\r",
+    "\x7f",
+    "\ufeff",
+    "\ufffe",
+]
 TEXTS = [
     "", " ", "none", "nan", "1e999", "true", "a" * 5000, "é" * 300, "\ud800", "../../etc", "/", ".", "x\ny", "{{ 1 }}",
     "%s%n", "</think>", "<think>", "0x10", "-0", "\\", '"', "'", *CONTROLS,
@@ -68,7 +80,17 @@ def _twice(chance: Chance, data: bytes) -> bytes:
 
 
 def _put(chance: Chance, data: bytes) -> bytes:
-    odd = [b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b"\xc0\xaf", b"\xf4\x90\x80\x80", b"\xef\xbb\xbf", b"\r", b"\r\n", b"\n\n"]
+    odd = [
+        b"\x00",
+        b"\xff\xfe",
+        b"\xed\xa0\x80",
+        b"\xc0\xaf",
+        b"\xf4\x90\x80\x80",
+        b"\xef\xbb\xbf",
+        b"\r",
+        b"\r\n",
+        b"\n\n",
+    ]
     odd += [b'"', b"'", b"[", b"]", b"{", b"}", b",", b"=", b"\\", b"#", b'"""', b"99999999999999999999"]
     odd += [text.encode("utf-8", "surrogatepass") for text in CONTROLS]
     at = _at(chance, data)
@@ -198,10 +220,25 @@ def damaged_toml(chance: Chance, text: str) -> bytes:
         if change < 5:
             lines[at] = f"{key} = {chance.choice(RAW_TOML)}"
         elif change == 5:
-            odd = [f"{key}x", f'"{key}"', f"{key}.a", ".".join([key] + ["a"] * chance.choice([3, 900, 6000])), '""', f"{key} {key}"]
+            odd = [
+                f"{key}x",
+                f'"{key}"',
+                f"{key}.a",
+                ".".join([key] + ["a"] * chance.choice([3, 900, 6000])),
+                '""',
+                f"{key} {key}",
+            ]
             lines[at] = f"{chance.choice(odd)} = {chance.choice(RAW_TOML)}"
         elif change == 6:
-            sections = ["[train]", "[model]", "[[model]]", "[]", "[a.b]", "[" + ".".join("a" * 3000) + "]", "[train.loss.beta]"]
+            sections = [
+                "[train]",
+                "[model]",
+                "[[model]]",
+                "[]",
+                "[a.b]",
+                "[" + ".".join("a" * 3000) + "]",
+                "[train.loss.beta]",
+            ]
             lines.insert(at, chance.choice(sections))
         elif change == 7:
             lines.insert(at, lines[at])

@@ -6,7 +6,6 @@ methods. Folders that are not there yet are left out, so that a half-done run ca
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from bvpo.records import Prompt, Sample
 from bvpo.runs.declaring import rows_of
 from bvpo.runs.plan import DATA_FOLDER, home, seeds_of
 from bvpo.runs.tuning import kept_tuned
-from bvpo.strict import UserError, read_jsonl
+from bvpo.strict import UserError, convert, parse_json, read_json, read_jsonl, read_text
 
 LEVEL = 0.95
 Folders = dict[str, dict[str, Path]]
@@ -150,7 +149,9 @@ def _logs(by_seed: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
     for seed, folder in by_seed.items():
         path = folder / "train" / "metrics.jsonl"
         if path.is_file():
-            logs[seed] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+            whole, _, _ = read_text(path).rpartition("\n")  # a killed run leaves half a line
+            lines = [(f"{path}:{number}", line) for number, line in enumerate(whole.split("\n"), start=1) if line]
+            logs[seed] = [convert(dict[str, Any], parse_json(line, where), where) for where, line in lines]
     return logs
 
 
@@ -197,11 +198,7 @@ def _versions(folders: Folders) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_json(path) if path.is_file() else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -167,17 +167,17 @@ def analyze(folder: Path, settings: Settings, limit: int | None = None) -> Analy
 
 def _tools(folder: Path, notes: list[str]) -> tuple[Any, ReasoningFormat] | None:
     """Tokenizer and format, to find where answers begin; without them, Table 5 is left out and a note says so."""
-    from transformers import AutoTokenizer
+    from bvpo.models import read_tokenizer
 
     try:
         model = load_config(folder / "config.toml").model
         path = model.tokenizer or model.path
         revision = model.revision if path == model.path else None
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=model.trust_remote_code)
+        options = {"revision": revision, "trust_remote_code": model.trust_remote_code}
+        tokenizer = read_tokenizer(repr(path), path, **options)
         return tokenizer, resolve_format(tokenizer, model.format, model.custom_format)
-    except (UserError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        notes.append(f"Table 5 is left out: it needs the model's tokenizer, which cannot be loaded ({reason}).")
+    except UserError as error:
+        notes.append(f"Table 5 is left out: it needs the model's tokenizer, which cannot be loaded ({error}).")
         return None
 
 

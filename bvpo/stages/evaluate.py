@@ -303,13 +303,12 @@ class _TraceTokens:
     """Counts the tokens of traces, which takes the model's tokenizer."""
 
     def __init__(self, model: ModelConfig) -> None:
-        from transformers import AutoTokenizer
+        from bvpo.models import read_tokenizer
 
         path = model.tokenizer or model.path
         revision = model.revision if path == model.path else None
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=model.trust_remote_code
-        )
+        options = {"revision": revision, "trust_remote_code": model.trust_remote_code}
+        self._tokenizer: Any = read_tokenizer(f"the tokenizer {path!r} cannot be loaded", path, **options)
         self._format = resolve_format(self._tokenizer, model.format, model.custom_format)
 
     def count(self, row: Mapping[str, Any]) -> int | None:
