@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from bvpo.files import disk_errors
 from bvpo.strict import UserError
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ def hash_folder(folder: Path) -> str:
     """SHA-256 over names and contents of the files of a model folder that can change a sample."""
     digest = hashlib.sha256()
     for path in sorted({p for pattern in _IDENTITY_FILES for p in folder.glob(pattern) if p.name not in _NOTES}):
-        with path.open("rb") as file:
+        with disk_errors(path, "reading it"), path.open("rb") as file:
             digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 

@@ -48,6 +48,13 @@ class StageEntry:
     started: str
     finished: str | None = None
 
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of the config; an empty one where there is none."""
+        return convert(dict[str, Any], self.config.get(name, {}), MANIFEST, f"config.{name}")
+
+    def count(self, name: str, default: int = 0) -> int:
+        return convert(int, self.counts.get(name, default), MANIFEST, f"counts.{name}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:

@@ -25,9 +25,11 @@ from bvpo.evaluation.results import (
     with_one_lowest,
     with_sums,
 )
+from bvpo.evaluation.viewstats import Comparison
 from bvpo.experiment import RecordStore, read_manifest
+from bvpo.experiment.manifest import MANIFEST
 from bvpo.keys import hash_int
-from bvpo.records import Prompt, Sample
+from bvpo.records import VIEWS, Prompt, Sample
 from bvpo.runs.declaring import rows_of
 from bvpo.runs.plan import DATA_FOLDER, home, seeds_of
 from bvpo.runs.tuning import kept_tuned
@@ -172,19 +174,41 @@ def _drops(folders: Sequence[Path]) -> dict[str, Any]:
     totals: dict[str, dict[str, Any]] = {"prompts": {}, "score": {}, "pair, trace view": {}, "pair, empty view": {}}
     for folder in folders:
         stages = read_manifest(folder).stages
-        with_sums(totals["prompts"], stages.get("prompts", {}).get("counts", {}).get("dropped", {}))
-        counts = stages.get("score", {}).get("counts", {})
+        with_sums(totals["prompts"], _table(folder / MANIFEST, stages, "prompts", "counts", "dropped"))
+        counts = _table(folder / MANIFEST, stages, "score", "counts")
         with_sums(totals["score"], {name: counts[name] for name in ("failed", "no_answer") if counts.get(name)})
-        for view, report in _json(folder / "pairing.json").get("views", {}).items():
-            with_sums(totals[f"pair, {view} view"], report.get("prompts_dropped", {}))
+        path = folder / "pairing.json"
+        report = _json(path)
+        for view in VIEWS:
+            with_sums(totals[f"pair, {view} view"], _table(path, report, "views", view, "prompts_dropped"))
     return totals
+
+
+def _table(path: Path, tree: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The object below these keys of what a file holds; an empty one where there is none."""
+    for number, key in enumerate(keys, start=1):
+        tree = convert(dict[str, Any], tree.get(key, {}), str(path), ".".join(keys[:number]))
+    return tree
+
+
+_ANALYSIS: dict[str, Any] = {
+    "settings": dict[str, Any],
+    "counts": dict[str, Any],
+    "paper": dict[str, str],
+    "comparisons": tuple[Comparison, ...],
+    "notes": tuple[str, ...],
+}
 
 
 def _stochasticity(folders: Sequence[Path]) -> dict[str, Any]:
     """The analysis of the first seed that has one."""
     for folder in folders:
-        if found := _json(folder / "analysis.json"):
-            return {name: found[name] for name in ("settings", "counts", "paper", "comparisons", "notes")}
+        path = folder / "analysis.json"
+        if found := _json(path):
+            kept = {name: found.get(name) for name in ("settings", "counts", "paper", "comparisons", "notes")}
+            for name, tp in _ANALYSIS.items():
+                convert(tp, kept[name], str(path), name)
+            return kept
     return {}
 
 

@@ -105,7 +105,7 @@ def _gradients(argv: Sequence[str]) -> None:
     as_json, _ = options.pop("json"), options.pop("debug")
     sampled = read_manifest(Path(options["quads"]).parent).stage("sample")
     request = Request(
-        num_resamples=options.pop("resamples"), sampling=sampled.config.get("sample", {}) if sampled else {}, **options
+        num_resamples=options.pop("resamples"), sampling=sampled.section("sample") if sampled else {}, **options
     )
     found = report(request, show_progress=sys.stderr.isatty())
     text = json.dumps(found.to_dict(), indent=1, allow_nan=False) if as_json else "\n".join(found.lines())
@@ -235,7 +235,7 @@ def _facts(folder: Path, counts: dict[View, dict[str, int]]) -> list[tuple[str, 
     facts = [(f"{view} view", ", ".join(f"{num:,} {name}" for name, num in counts[view].items())) for view in VIEWS]
     entry = read_manifest(folder).stage("sample")
     if entry is not None:
-        sample, engine = entry.config.get("sample", {}), entry.fingerprints.get("engine", {})
+        sample, engine = entry.section("sample"), entry.fingerprints.get("engine", {})
         asked = ("temperature", "top_p", "top_k", "max_new_tokens")
         facts.append(("sampled with", ", ".join(f"{name} {sample[name]:g}" for name in asked if name in sample)))
         named = ("engine", "model", "revision", "content", "dtype")

@@ -111,7 +111,7 @@ def require_prompts(benchmark: Benchmark) -> None:
     """Writes the benchmark's prompts; refuses to when there are samples of others."""
     path = benchmark.folder / "prompts.jsonl"
     prompts = "".join(to_json(prompt) + "\n" for prompt in benchmark.read.prompts)
-    if path.is_file() and path.read_text(encoding="utf-8") == prompts:
+    if path.is_file() and path.read_bytes() == prompts.encode("utf-8", "surrogatepass"):
         return
     if read_manifest(benchmark.folder).stage("sample") is not None:
         raise OtherSettings(

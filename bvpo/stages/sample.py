@@ -233,7 +233,7 @@ def _check(folder: Path, identity: Mapping[str, Any]) -> bool:
 
 
 def _grows(entry: StageEntry, config: Mapping[str, Any]) -> bool:
-    before, now = entry.config.get("sample", {}), config["sample"]
+    before, now = entry.section("sample"), config["sample"]
     if not all(name in before for name in _GROWING) or all(before[name] == now[name] for name in _GROWING):
         return False
     more_views = set(before["views"]) <= set(now["views"])

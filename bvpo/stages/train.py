@@ -312,7 +312,7 @@ def _doubt_of_sampling(config: ExperimentConfig) -> str | None:
     from bvpo.method.online_alpha import doubt_of_sampling
 
     entry = read_manifest(Path(config.data.quads).parent).stage("sample") if config.data.quads else None
-    return None if entry is None else doubt_of_sampling(entry.config.get("sample", {}))
+    return None if entry is None else doubt_of_sampling(entry.section("sample"))
 
 
 def _write_held_out(trainer: Any, output: Path, tokens: Any, quads: Any, checkpoint: str | None) -> None:
