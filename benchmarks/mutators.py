@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Damage of every kind, drawn by a seeded generator: to bytes, to JSON values, to TOML lines, to Jinja templates.
 
 In: a ``random.Random`` and something whole. Out: the same, damaged in one to three places. Nothing here knows bvpo.

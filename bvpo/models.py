@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from bvpo.files import disk_errors
 from bvpo.strict import UserError
 
 logger = logging.getLogger(__name__)
@@ -66,24 +69,52 @@ def plan_model(source: ModelSource) -> ModelPlan:
 def load_model(plan: ModelPlan) -> tuple[Any, Any]:
     """The model, in evaluation mode on its device, and the tokenizer."""
     source = plan.source
-    tokenizer = _from_pretrained(AutoTokenizer, source.tokenizer or source.path, source)
+    path = source.tokenizer or source.path
+    options = {"revision": _revision(source, path), "trust_remote_code": source.trust_remote_code}
+    tokenizer = read_tokenizer(f"model {path!r}: cannot load it with AutoTokenizer", path, **options)
     model = _from_pretrained(AutoModelForCausalLM, source.path, source, dtype=plan.dtype, use_safetensors=True)
+    model = model.to(plan.device).eval()
+    with loading(f"model {source.path!r}: it fails on a prompt of two tokens"), torch.inference_mode():
+        model(torch.zeros((1, 2), dtype=torch.long, device=plan.device))
     logger.info("loaded %s (%s on %s)", source.path, str(plan.dtype).removeprefix("torch."), plan.device)
-    return model.to(plan.device).eval(), tokenizer
+    return model, tokenizer
 
 
 def _from_pretrained(auto_class: Any, path: str, source: ModelSource, **options: Any) -> Any:
-    # A tokenizer kept elsewhere has revisions of its own.
-    revision = source.revision if path == source.path else None
-    try:
+    with loading(f"model {path!r}: cannot load it with {auto_class.__name__}"):
         return auto_class.from_pretrained(
-            path, revision=revision, trust_remote_code=source.trust_remote_code, **options
+            path, revision=_revision(source, path), trust_remote_code=source.trust_remote_code, **options
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason and not source.trust_remote_code:
+
+
+def _revision(source: ModelSource, path: str) -> str | None:
+    """A tokenizer kept elsewhere has revisions of its own."""
+    return source.revision if path == source.path else None
+
+
+def read_tokenizer(failure: str, path: str, **options: Any) -> Any:
+    """The tokenizer of a folder or of the Hub, tried on a word: one with a broken setting loads and fails when used."""
+    with loading(failure):
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        ids = tokenizer.encode("a b", add_special_tokens=False)
+        tokenizer.decode([*ids, *filter(None, (tokenizer.bos_token_id, tokenizer.eos_token_id))])
+        tokenizer(["a", "a b"], add_special_tokens=False)
+    return tokenizer
+
+
+@contextmanager
+def loading(failure: str) -> Iterator[None]:
+    """For one call of a library that reads a model's files: whatever it raises is the fault of those files, and becomes one
+    line that starts with ``failure``. Libraries raise every kind there is for them, a Rust panic included."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason:
             reason = "it runs code of its own; read that code, and set trust_remote_code if you trust it"
-        raise UserError(f"model {path!r}: cannot load it with {auto_class.__name__}: {reason[:400]}") from error
+        raise UserError(f"{failure}: {reason[:400]}") from error
 
 
 def _device(name: str) -> torch.device:
@@ -114,7 +145,7 @@ def hash_folder(folder: Path) -> str:
     """SHA-256 over names and contents of the files of a model folder that can change a sample."""
     digest = hashlib.sha256()
     for path in sorted({p for pattern in _IDENTITY_FILES for p in folder.glob(pattern) if p.name not in _NOTES}):
-        with path.open("rb") as file:
+        with disk_errors(path, "reading it"), path.open("rb") as file:
             digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 

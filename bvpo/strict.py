@@ -1,6 +1,6 @@
 """Strict conversion between frozen dataclasses and JSON: what every file of an experiment goes through.
 
-In: a dataclass (nested dataclasses, ``tuple[X, ...]``, unions, ``Literal``, ``dict[str, Any]``, scalars) and plain JSON
+In: a dataclass (nested dataclasses, ``tuple[X, ...]``, unions, ``Literal``, ``dict[str, X]``, scalars) and plain JSON
 values. Out: records, or one :class:`UserError` naming file, line, field, value and what was expected. Nothing is
 guessed: an unknown key, a missing field, a string for a number, NaN or a repeated key is refused. An integer is
 accepted where a number is expected; ``true`` is never an integer. Field *values* (ranges) are not judged here.
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -25,6 +26,8 @@ Converter = Callable[[Any], Any]
 
 _NUMBERS = frozenset({int, float})
 _SCALARS = frozenset({str, int, float, bool, type(None)})
+MAX_DEPTH = 100
+"""Of lists and objects within one another: what is read must be checked, compared and written again, all by recursion."""
 _EXPECTED = {str: "a string", int: "an integer", float: "a number", bool: "true or false", type(None): "null"}
 
 
@@ -99,7 +102,9 @@ def show(value: Any) -> str:
     if isinstance(value, str) and "//" in value:  # a password may hold a space, and must not be cut in the middle
         start, _, rest = value.partition("//")
         value = f"{start}//***@{rest.rpartition('@')[2]}" if "@" in rest else value
-    text = without_secrets(repr(value))
+    # the decimal digits of a huge integer are refused by Python, its hexadecimal ones are not
+    text = hex(value) if isinstance(value, int) and value.bit_length() > 1000 else repr(value)
+    text = without_secrets(text)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
@@ -185,7 +190,7 @@ def _each(values: Iterable[Any], convert: Converter) -> list[Any]:
     return out
 
 
-def _table(value: Any) -> dict[str, Any]:
+def _table(value: Any, convert_item: Converter = _json_value) -> dict[str, Any]:
     if type(value) is not dict:
         raise _wrong(value, "an object")
     out: dict[str, Any] = {}
@@ -193,7 +198,7 @@ def _table(value: Any) -> dict[str, Any]:
         if type(key) is not str:
             raise _wrong(key, "a string as key")
         try:
-            out[key] = _json_value(item)
+            out[key] = convert_item(item)
         except _Mismatch as error:
             raise error.under(f".{key}") from None
     return out
@@ -318,8 +323,9 @@ def converter(tp: Any) -> Converter:
         return _sequence(args[0])
     if origin is tuple:
         return _fixed_tuple(args)
-    if origin is dict and args == (str, Any):
-        return _table
+    if origin is dict and args[0] is str:
+        convert_item = converter(args[1])
+        return lambda value: _table(value, convert_item)
     if is_dataclass(tp):
         return _record(tp)
     raise TypeError(f"records cannot hold {tp!r}; see bvpo.strict for what they can")
@@ -400,13 +406,47 @@ def parse_json(text: str, where: str = "") -> Any:
     """Strict JSON: no NaN, no repeated keys; a :class:`UserError` starting with ``where`` otherwise."""
     prefix = f"{where}: " if where else ""
     try:
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
     except _BadJson as error:
         raise UserError(f"{prefix}{error}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{prefix}not valid JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
-        raise UserError(f"{prefix}not valid JSON: nested too deeply") from None
+        raise UserError(f"{prefix}nested more than {MAX_DEPTH} deep") from None
+    except ValueError:  # of int(), the one other thing that the parser calls
+        raise UserError(f"{prefix}an integer of more than {sys.get_int_max_str_digits()} digits") from None
+    if text.count("[") + text.count("{") > MAX_DEPTH and is_deep(value):
+        raise UserError(f"{prefix}nested more than {MAX_DEPTH} deep")
+    return value
+
+
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects lie more than :data:`MAX_DEPTH` deep within one another."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        nodes = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list)))
+        level = [item for items in nodes for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A file's text, with or without a byte-order mark; a :class:`UserError` if it cannot be read or is no UTF-8."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object that a file holds."""
+    value = parse_json(read_text(path), str(path))
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: got {show(value)}, expected an object")
+    return value
 
 
 def _open(path: str | os.PathLike[str]) -> IO[bytes]:

@@ -18,14 +18,25 @@ import types
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from bvpo.config.toml import UNSET, key_lines, toml_value
-from bvpo.strict import FieldError, UserError, convert, expectation, field_types, from_dict, show
+from bvpo.strict import (
+    MAX_DEPTH,
+    FieldError,
+    UserError,
+    convert,
+    expectation,
+    field_types,
+    from_dict,
+    is_deep,
+    read_text,
+    show,
+)
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
+_MAX_BITS = 14_000  # 4,215 decimal digits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +72,8 @@ def is_optional(tp: Any) -> bool:
 
 def read_toml(cls: type, path: str | os.PathLike[str]) -> Layer:
     """The settings of one TOML file, every key and type checked against ``cls``."""
-    text = _read_text(path)
-    table = _parse_toml(path, text)
+    text = read_text(path)
+    table = parse_toml(text, str(path))
     layer = Layer(values=table, source=str(path), lines=key_lines(text))
     try:
         values = _check(cls, table, "")
@@ -80,30 +91,38 @@ def read_toml(cls: type, path: str | os.PathLike[str]) -> Layer:
 
 def read_tables(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """A TOML file that holds tables of settings by some name, unchecked but for its form."""
-    tables = _parse_toml(path, _read_text(path))
+    tables = parse_toml(read_text(path), str(path))
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise UserError(f"{path}: {name!r}: got {show(table)}, expected a table")
     return tables
 
 
-def _read_text(path: str | os.PathLike[str]) -> str:
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """The tables of a TOML text; a :class:`UserError` starting with ``where`` and the line otherwise."""
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
-def _parse_toml(path: str | os.PathLike[str], text: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
+        table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         message = str(error).replace("(at end of document)", f"(at line {len(text.splitlines())}, column 0)")
         line = re.search(r" \(at line (\d+), column \d+\)$", message)
-        where, problem = (f"{path}:{line[1]}", message[: line.start()]) if line else (str(path), message)
+        where, problem = (f"{where}:{line[1]}", message[: line.start()]) if line else (where, message)
         raise UserError(f"{where}: not valid TOML: {problem}") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested more than {MAX_DEPTH} deep") from None
+    except ValueError as error:  # of int() and of dates
+        raise UserError(f"{where}: not valid TOML: {error}") from None
+    if is_deep(table):
+        raise UserError(f"{where}: nested more than {MAX_DEPTH} deep")
+    if _has_huge_integer(table):
+        raise UserError(f"{where}: an integer of more than {_MAX_BITS} bits")
+    return table
+
+
+def _has_huge_integer(value: Any) -> bool:
+    """One that cannot be written out: hexadecimal digits may be any number, decimal ones may not."""
+    if isinstance(value, (dict, list)):
+        return any(map(_has_huge_integer, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and value.bit_length() > _MAX_BITS
 
 
 class _Unknown(FieldError):
@@ -238,8 +257,8 @@ def _refuse() -> Any:
 def _toml_or_text(text: str) -> Any:
     """Free settings: a TOML value where it reads as one (``true``, ``3``, ``[1, 2]``), else the text itself."""
     try:
-        table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        table = parse_toml(f"value = {text}", COMMAND_LINE)
+    except UserError:
         return text
     return convert(Any, table["value"]) if len(table) == 1 else text
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from bvpo.strict import UserError, parse_json, show
+from bvpo.strict import UserError, parse_json, read_text, show
 
 
 class Rows(Protocol):
@@ -150,7 +150,7 @@ def _load_file(path: Path) -> Rows:
     if path.suffix == ".parquet":
         return DatasetRows(_load_dataset("parquet", "data", data_files=str(path), split="train"), str(path))
     if path.suffix == ".json" and path.read_bytes()[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        return ListRows(parse_json(path.read_text(encoding="utf-8-sig"), str(path)), str(path))
+        return ListRows(parse_json(read_text(path), str(path)), str(path))
     return JsonlRows(path)
 
 

@@ -41,14 +41,14 @@ class Verdict:
     prompt_id: str
     mode: Mode
     index: int
-    values: dict[str, Any]
-    missing: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, int | float]
+    missing: dict[str, str] = field(default_factory=dict)
     tokens: int | None
     trace_tokens: int | None
     closed: bool
     cut: bool = False
     answered: bool = True
-    at_lowest: dict[str, Any] = field(default_factory=dict)
+    at_lowest: dict[str, int | float | None] = field(default_factory=dict)
 
     @property
     def answer_tokens(self) -> int | None:

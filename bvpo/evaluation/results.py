@@ -239,8 +239,8 @@ def curve_rows(method: str, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
         by_step: dict[int, list[float]] = {}
         for entries in logs.values():
             for entry in entries:
-                if isinstance(entry.get(name), int | float) and "step" in entry:
-                    by_step.setdefault(int(entry["step"]), []).append(float(entry[name]))
+                if isinstance(entry.get(name), int | float) and isinstance(entry.get("step"), int):
+                    by_step.setdefault(entry["step"], []).append(float(entry[name]))
         if by_step:
             steps = tuple(sorted(by_step))
             means = tuple(sum(by_step[step]) / len(by_step[step]) for step in steps)

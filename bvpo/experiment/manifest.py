@@ -18,7 +18,7 @@ from typing import Any
 
 from bvpo import __version__
 from bvpo.files import folder_lock, make_folder, write_atomically
-from bvpo.strict import OtherSettings, UserError, from_dict, parse_json, to_dict
+from bvpo.strict import OtherSettings, UserError, convert, from_dict, read_json, to_dict
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -48,6 +48,13 @@ class StageEntry:
     started: str
     finished: str | None = None
 
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of the config; an empty one where there is none."""
+        return convert(dict[str, Any], self.config.get(name, {}), MANIFEST, f"config.{name}")
+
+    def count(self, name: str, default: int = 0) -> int:
+        return convert(int, self.counts.get(name, default), MANIFEST, f"counts.{name}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
@@ -65,17 +72,16 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """The folder's manifest; an empty one where there is none yet."""
     path = folder / MANIFEST
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not path.exists():
         return Manifest(created=_now())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    data = parse_json(text, str(path))
-    found = data.get("schema") if isinstance(data, dict) else None
+    data = read_json(path)
+    found = data.get("schema")
     if found != SCHEMA:
         raise UserError(f"{path}: field 'schema': got {found!r}, expected {SCHEMA} (written by another bvpo version)")
-    return from_dict(Manifest, data, str(path))
+    manifest = from_dict(Manifest, data, str(path))
+    for name in manifest.stages:
+        from_dict(StageEntry, convert(dict[str, Any], manifest.stages[name], str(path), f"stages.{name}"), str(path))
+    return manifest
 
 
 def check_stage(

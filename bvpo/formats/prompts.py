@@ -10,7 +10,9 @@ so that the same conversation gives the same prompt, and the same sample key, on
 from __future__ import annotations
 
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +25,9 @@ from bvpo.records import Message, View
 from bvpo.strict import UserError
 
 PROMPT_DATE = date(2025, 1, 1)
-MAX_TEMPLATE_STEPS = 10_000_000  # lines of template code; a long conversation takes some ten thousand
+MAX_TEMPLATE_STEPS = 10_000_000  # lines of template code and calls; a long conversation takes some ten thousand
+MAX_TEMPLATE_SECONDS = 20.0  # of the processor, for what takes its time inside of one line, such as 9 ** 9 ** 9
+MAX_RENDERED = 10_000_000  # characters of a prompt beyond a hundred for each of the conversation's
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
@@ -72,7 +76,7 @@ def render(
     turns = _with_switches(fmt, messages, view)
     source = _without_clock(template_source(tokenizer), today)
     try:
-        with _stopping_endless_templates():
+        with stopping_endless_templates():
             text = tokenizer.apply_chat_template(
                 turns, chat_template=source, tokenize=False, add_generation_prompt=True, **fmt.kwargs(view)
             )
@@ -82,15 +86,16 @@ def render(
         raise UserError(f"the chat template cannot render this conversation: {_first_line(error)}") from error
     if not isinstance(text, str) or not text:
         raise UserError("the chat template renders this conversation as nothing")
+    if len(text) > MAX_RENDERED + 100 * sum(len(turn["content"]) for turn in turns):
+        raise UserError(f"the chat template renders this conversation as {len(text):,} characters")
     return text
 
 
 @contextmanager
-def _stopping_endless_templates() -> Iterator[None]:
-    """Counts the lines of template code that run, and stops at a limit: in any thread, and whatever the machine's load.
-
-    Jinja compiles a template to Python code of the file "<template>"; only its frames are traced line by line. A
-    debugger or coverage tool does not see the rendering, and goes on after it.
+def stopping_endless_templates() -> Iterator[None]:
+    """Counts the lines of template code that run and every call, and stops at a limit: in any thread, whatever the
+    machine's load. Jinja compiles a template to Python code of the file "<template>"; only its frames are traced line by
+    line. A debugger or coverage tool does not see the rendering, and goes on after it.
     """
     steps = 0
 
@@ -104,14 +109,37 @@ def _stopping_endless_templates() -> Iterator[None]:
         return count
 
     def enter(frame: FrameType, event: str, arg: Any) -> Any:
+        count(frame, event, arg)
         return count if frame.f_code.co_filename == "<template>" else None
 
     outer = sys.gettrace()
-    sys.settrace(enter)
+    with _limited_processor_time():
+        sys.settrace(enter)
+        try:
+            yield
+        finally:
+            sys.settrace(outer)
+
+
+@contextmanager
+def _limited_processor_time() -> Iterator[None]:
+    """Only the main thread can be interrupted; in others the steps are counted alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(*_: Any) -> None:
+        raise EndlessTemplate(
+            f"the chat template does not come to an end: stopped after {MAX_TEMPLATE_SECONDS:g} s of processor time"
+        )
+
+    before = signal.signal(signal.SIGPROF, over)
+    signal.setitimer(signal.ITIMER_PROF, MAX_TEMPLATE_SECONDS)
     try:
         yield
     finally:
-        sys.settrace(outer)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def template_source(tokenizer: Any) -> str:
@@ -149,7 +177,10 @@ def _with_switches(fmt: ReasoningFormat, messages: Sequence[Message], view: View
 
 def _without_clock(source: str, today: date) -> str:
     """The template with its calls for today's date replaced by the date (variables cannot override the function)."""
-    source = _CLOCK_CALL.sub(lambda call: repr(today.strftime(call[2])), source)
+    try:
+        source = _CLOCK_CALL.sub(lambda call: repr(today.strftime(call[2])), source)
+    except ValueError as error:
+        raise UserError(f"the chat template's date format cannot be written: {_first_line(error)}") from error
     if re.search(r"strftime_now\s*\(", source):
         raise UserError(
             "the chat template computes a date format and prints the clock's date, so prompts would change from day "

@@ -6,7 +6,6 @@ methods. Folders that are not there yet are left out, so that a half-done run ca
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +25,15 @@ from bvpo.evaluation.results import (
     with_one_lowest,
     with_sums,
 )
+from bvpo.evaluation.viewstats import Comparison
 from bvpo.experiment import Experiment, read_manifest
+from bvpo.experiment.manifest import MANIFEST
 from bvpo.keys import hash_int
-from bvpo.records import Prompt, Sample
+from bvpo.records import VIEWS, Prompt, Sample
 from bvpo.runs.declaring import rows_of
 from bvpo.runs.plan import DATA_FOLDER, home, seeds_of
 from bvpo.runs.tuning import kept_tuned
-from bvpo.strict import UserError, read_jsonl
+from bvpo.strict import UserError, convert, parse_json, read_json, read_jsonl, read_text
 
 LEVEL = 0.95
 Folders = dict[str, dict[str, Path]]
@@ -150,7 +151,9 @@ def _logs(by_seed: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
     for seed, folder in by_seed.items():
         path = Experiment(folder).metrics
         if path.is_file():
-            logs[seed] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+            whole, _, _ = read_text(path).rpartition("\n")  # a killed run leaves half a line
+            lines = [(f"{path}:{number}", line) for number, line in enumerate(whole.split("\n"), start=1) if line]
+            logs[seed] = [convert(dict[str, Any], parse_json(line, where), where) for where, line in lines]
     return logs
 
 
@@ -171,19 +174,41 @@ def _drops(folders: Sequence[Path]) -> dict[str, Any]:
     totals: dict[str, dict[str, Any]] = {"prompts": {}, "score": {}, "pair, trace view": {}, "pair, empty view": {}}
     for folder in folders:
         stages = read_manifest(folder).stages
-        with_sums(totals["prompts"], stages.get("prompts", {}).get("counts", {}).get("dropped", {}))
-        counts = stages.get("score", {}).get("counts", {})
+        with_sums(totals["prompts"], _table(folder / MANIFEST, stages, "prompts", "counts", "dropped"))
+        counts = _table(folder / MANIFEST, stages, "score", "counts")
         with_sums(totals["score"], {name: counts[name] for name in ("failed", "no_answer") if counts.get(name)})
-        for view, report in _json(Experiment(folder).pairing).get("views", {}).items():
-            with_sums(totals[f"pair, {view} view"], report.get("prompts_dropped", {}))
+        path = Experiment(folder).pairing
+        report = _json(path)
+        for view in VIEWS:
+            with_sums(totals[f"pair, {view} view"], _table(path, report, "views", view, "prompts_dropped"))
     return totals
+
+
+def _table(path: Path, tree: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The object below these keys of what a file holds; an empty one where there is none."""
+    for number, key in enumerate(keys, start=1):
+        tree = convert(dict[str, Any], tree.get(key, {}), str(path), ".".join(keys[:number]))
+    return tree
+
+
+_ANALYSIS: dict[str, Any] = {
+    "settings": dict[str, Any],
+    "counts": dict[str, Any],
+    "paper": dict[str, str],
+    "comparisons": tuple[Comparison, ...],
+    "notes": tuple[str, ...],
+}
 
 
 def _stochasticity(folders: Sequence[Path]) -> dict[str, Any]:
     """The analysis of the first seed that has one."""
     for folder in folders:
-        if found := _json(Experiment(folder).analysis):
-            return {name: found[name] for name in ("settings", "counts", "paper", "comparisons", "notes")}
+        path = Experiment(folder).analysis
+        if found := _json(path):
+            kept = {name: found.get(name) for name in ("settings", "counts", "paper", "comparisons", "notes")}
+            for name, tp in _ANALYSIS.items():
+                convert(tp, kept[name], str(path), name)
+            return kept
     return {}
 
 
@@ -197,11 +222,7 @@ def _versions(folders: Folders) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_json(path) if path.is_file() else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from bvpo.config.toml import toml_value
 from bvpo.experiment import Experiment
 from bvpo.runs.declaring import metric_named
 from bvpo.runs.plan import Job, check_run, data_job, grid_cells, home, method_job, plan, with_settings
-from bvpo.strict import UserError, parse_json
+from bvpo.strict import UserError, convert, read_json
 
 TUNING = "tuning"
 """Folder of the tuning runs."""
@@ -167,10 +167,7 @@ def kept_tuned(folder: Path) -> dict[str, dict[str, Any]]:
     path = Experiment(folder).tuned
     if not path.is_file():
         return {}
-    found = parse_json(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
-        raise UserError(f"{path}: got something else than settings by method")
-    return found
+    return convert(dict[str, dict[str, Any]], read_json(path), str(path))
 
 
 def read_tuned(config: ExperimentConfig) -> dict[str, dict[str, Any]]:

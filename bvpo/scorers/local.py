@@ -19,9 +19,11 @@ from typing import Any, Protocol
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from bvpo.config import RewardModelConfig
+from bvpo.formats.prompts import EndlessTemplate, stopping_endless_templates
+from bvpo.models import loading, read_tokenizer
 from bvpo.scorers.base import Estimate, Needs, Outcome, ScoreItem, about_tokens
 from bvpo.strict import UserError
 
@@ -74,11 +76,8 @@ def plan_reward_model(section: RewardModelConfig) -> RewardPlan:
 
 def from_pretrained(auto_class: Any, section: RewardModelConfig, **options: Any) -> Any:
     options.setdefault("trust_remote_code", section.trust_remote_code)
-    try:
+    with loading(f"{FIELD}.model: cannot load {section.model!r} with {auto_class.__name__}"):
         return auto_class.from_pretrained(section.model, revision=section.revision, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise UserError(f"{FIELD}.model: cannot load {section.model!r} with {auto_class.__name__}: {reason}") from error
 
 
 def load_checked(model_class: Any, plan: RewardPlan, *, strict: bool, **options: Any) -> Any:
@@ -150,7 +149,9 @@ class RewardModelScorer:
     def _load(self) -> tuple[Any, Conversations]:
         if self._loaded is None:
             plan = self._plan
-            tokenizer = from_pretrained(AutoTokenizer, plan.section)
+            options = {"revision": plan.section.revision, "trust_remote_code": plan.section.trust_remote_code}
+            failure = f"{FIELD}.model: cannot load the tokenizer of {plan.section.model!r}"
+            tokenizer = read_tokenizer(failure, plan.section.model, **options)
             conversations = Conversations(tokenizer, self._longest)
             model = self._head.load(plan, tokenizer)
             self._check_batching(model)
@@ -222,7 +223,10 @@ class Conversations:
         turns = [{"role": m.role, "content": m.content} for m in item.messages]
         turns.append({"role": "assistant", "content": item.answer})
         try:
-            ids = list(self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"])
+            with stopping_endless_templates():
+                ids = list(self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"])
+        except EndlessTemplate as error:  # as it would be for every other conversation, each for as long
+            raise UserError(f"{FIELD}.model: {error}") from None
         except Exception as error:  # templates raise errors of their own for roles that they do not know
             return f"the reward model's chat template refuses the conversation: {error}"
         if self._longest is not None and len(ids) > self._longest:

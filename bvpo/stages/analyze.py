@@ -111,7 +111,7 @@ def _gradients(argv: Sequence[str]) -> None:
     as_json, _ = options.pop("json"), options.pop("debug")
     sampled = Experiment(Path(options["quads"]).parent).stage("sample")
     request = Request(
-        num_resamples=options.pop("resamples"), sampling=sampled.config.get("sample", {}) if sampled else {}, **options
+        num_resamples=options.pop("resamples"), sampling=sampled.section("sample") if sampled else {}, **options
     )
     found = report(request, show_progress=sys.stderr.isatty())
     text = json.dumps(found.to_dict(), indent=1, allow_nan=False) if as_json else "\n".join(found.lines())
@@ -183,17 +183,17 @@ def analyze(
 
 def _tools(experiment: Experiment, notes: list[str]) -> tuple[Any, ReasoningFormat] | None:
     """Tokenizer and format, to find where answers begin; without them, Table 5 is left out and a note says so."""
-    from transformers import AutoTokenizer
+    from bvpo.models import read_tokenizer
 
     try:
         model = load_config(experiment.config_file).model
         path = model.tokenizer or model.path
         revision = model.revision if path == model.path else None
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=model.trust_remote_code)
+        options = {"revision": revision, "trust_remote_code": model.trust_remote_code}
+        tokenizer = read_tokenizer(repr(path), path, **options)
         return tokenizer, resolve_format(tokenizer, model.format, model.custom_format)
-    except (UserError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        notes.append(f"Table 5 is left out: it needs the model's tokenizer, which cannot be loaded ({reason}).")
+    except UserError as error:
+        notes.append(f"Table 5 is left out: it needs the model's tokenizer, which cannot be loaded ({error}).")
         return None
 
 
@@ -290,7 +290,7 @@ def _facts(experiment: Experiment, counts: dict[View, dict[str, int]]) -> list[t
     facts = [(f"{view} view", ", ".join(f"{num:,} {name}" for name, num in counts[view].items())) for view in VIEWS]
     entry = experiment.stage("sample")
     if entry is not None:
-        sample, engine = entry.config.get("sample", {}), entry.fingerprints.get("engine", {})
+        sample, engine = entry.section("sample"), entry.fingerprints.get("engine", {})
         asked = ("temperature", "top_p", "top_k", "max_new_tokens")
         facts.append(("sampled with", ", ".join(f"{name} {sample[name]:g}" for name in asked if name in sample)))
         named = ("engine", "model", "revision", "content", "dtype")

@@ -11,13 +11,13 @@ import json
 import logging
 import shlex
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bvpo.command import ReaderParser, experiment_folder
+from bvpo.config.layers import parse_toml
 from bvpo.evaluation.comparing import EvaluationRow, SeedsRow, method_pairs, seeds_rows
 from bvpo.evaluation.metrics import (
     MEASURES,
@@ -36,7 +36,7 @@ from bvpo.experiment import Experiment, differences, write_atomically
 from bvpo.report.compare import Told, of_evaluations, of_methods, page_values, text_lines
 from bvpo.report.pages import render_page
 from bvpo.runs.gather import read_runs
-from bvpo.strict import UserError, parse_json, read_jsonl
+from bvpo.strict import UserError, convert, read_json, read_jsonl, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -161,20 +161,35 @@ def read_side(folder: Path) -> Side:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    data = parse_json(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
-    return data if isinstance(data, dict) else {}
+    return read_json(path) if path.is_file() else {}
 
 
-_FACTS = ("metrics", "scorers", "sampling", "format", "without_answer", "versions")
+_Tables = dict[str, dict[str, Any]]
+_FACTS: dict[str, Any] = {
+    "metrics": _Tables,
+    "scorers": _Tables,
+    "sampling": dict[str, Any],
+    "format": Any,
+    "without_answer": Any,
+    "versions": dict[str, Any],
+}
 
 
 def _evaluation_in(folder: Path, data: Mapping[str, Any]) -> Evaluation:
     path = Experiment(folder).results
     _require_fields(path, "", data, "benchmarks")
-    for name, modes in data["benchmarks"].items():
+    for name, modes in convert(dict[str, dict[str, Any]], data["benchmarks"], str(path), "benchmarks").items():
         for mode in MODES:
             if mode in modes:
+                where = f"benchmarks.{name}.{mode}"
                 _require_fields(path, f"{name} {MODE_TITLES[mode]}: ", modes[mode], *_FACTS)
+                for fact, tp in _FACTS.items():
+                    convert(tp, modes[mode][fact], str(path), f"{where}.{fact}")
+                for metric, result in modes[mode]["metrics"].items():
+                    tables = (("metrics", result), ("scorers", modes[mode]["scorers"].get(metric)))
+                    for fact, table in tables:
+                        convert(dict[str, Any], table, str(path), f"{where}.{fact}.{metric}")
+                    convert(bool, result.get("binary"), str(path), f"{where}.metrics.{metric}.binary")
     return Evaluation(folder=folder, benchmarks=data["benchmarks"])
 
 
@@ -185,9 +200,13 @@ def _require_fields(path: Path, where: str, table: Mapping[str, Any], *names: st
 
 def _comparison(folder: Path, data: Mapping[str, Any]) -> Comparison:
     """By its own folder, wherever that lies now."""
-    _require_fields(Experiment(folder).results, "", data, "methods", "seeds", "versions")
+    path = Experiment(folder).results
+    _require_fields(path, "", data, "methods", "seeds", "versions")
+    convert(dict[str, Any], data["versions"], str(path), "versions")
+    convert(tuple[int, ...], data["seeds"], str(path), "seeds")
+    rows = convert(tuple[dict[str, Any], ...], data["methods"], str(path), "methods")
     methods: dict[str, dict[str, Path]] = {}
-    for name in (row["name"] for row in data["methods"]):
+    for name in (convert(str, row.get("name"), str(path), f"methods[{n}].name") for n, row in enumerate(rows)):
         places = {str(seed): folder / f"seed-{seed}" / name for seed in data["seeds"]}
         if there := {seed: place for seed, place in places.items() if _has_results(place)}:
             methods[name] = there
@@ -358,12 +377,9 @@ def _settings(*folders: Path) -> list[dict[str, Any]]:
 
 def _config(path: Path) -> dict[str, Any]:
     """As it was written; the version that wrote it may have had other fields."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; it says how this method was made") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+    if not path.is_file():
+        raise UserError(f"{path}: No such file or directory; it says how this method was made")
+    return parse_toml(read_text(path), str(path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def require_prompts(benchmark: Benchmark) -> None:
     """Writes the benchmark's prompts; refuses to when there are samples of others."""
     path = benchmark.experiment.prompts_file
     prompts = "".join(to_json(prompt) + "\n" for prompt in benchmark.read.prompts)
-    if path.is_file() and path.read_text(encoding="utf-8") == prompts:
+    if path.is_file() and path.read_bytes() == prompts.encode("utf-8", "surrogatepass"):
         return
     if benchmark.experiment.stage("sample") is not None:
         raise OtherSettings(
@@ -310,13 +310,12 @@ class _TraceTokens:
     """Counts the tokens of traces, which takes the model's tokenizer."""
 
     def __init__(self, model: ModelConfig) -> None:
-        from transformers import AutoTokenizer
+        from bvpo.models import read_tokenizer
 
         path = model.tokenizer or model.path
         revision = model.revision if path == model.path else None
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=model.trust_remote_code
-        )
+        options = {"revision": revision, "trust_remote_code": model.trust_remote_code}
+        self._tokenizer: Any = read_tokenizer(f"the tokenizer {path!r} cannot be loaded", path, **options)
         self._format = resolve_format(self._tokenizer, model.format, model.custom_format)
 
     def count(self, row: Mapping[str, Any]) -> int | None:

@@ -124,16 +124,13 @@ def _prompts(experiment: Experiment, settings: SampleConfig) -> list[Prompt]:
 
 
 def _load_tokenizer(config: ExperimentConfig) -> Any:
-    from transformers import AutoTokenizer
+    from bvpo.models import read_tokenizer
 
     model = config.model
     path = model.tokenizer or model.path
     revision = model.revision if path == model.path else None
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path: the tokenizer {path!r} cannot be loaded ({reason})") from error
+    options = {"revision": revision, "trust_remote_code": model.trust_remote_code}
+    return read_tokenizer(f"model.path: the tokenizer {path!r} cannot be loaded", path, **options)
 
 
 def _sampling(settings: SampleConfig, stop_token_ids: tuple[int, ...]) -> Sampling:
@@ -215,7 +212,7 @@ def _check(experiment: Experiment, identity: Mapping[str, Any]) -> bool:
 
 
 def _grows(entry: StageEntry, config: Mapping[str, Any]) -> bool:
-    before, now = entry.config.get("sample", {}), config["sample"]
+    before, now = entry.section("sample"), config["sample"]
     if not all(name in before for name in _GROWING) or all(before[name] == now[name] for name in _GROWING):
         return False
     more_views = set(before["views"]) <= set(now["views"])

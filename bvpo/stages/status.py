@@ -119,7 +119,7 @@ def sample_status(experiment: Experiment, manifest: Manifest) -> StageStatus:
     if state == NOT_STARTED:
         return StageStatus(stage="sample")
     asked = _asked(experiment, entry)
-    shared = int(entry.counts.get("shared", 0)) if entry is not None else 0  # of prompts that read alike
+    shared = entry.count("shared") if entry is not None else 0  # of prompts that read alike
     left = None if asked is None else max(0, asked - shared - len(store) - failed)
     if state == FINISHED:
         left = left or 0
@@ -140,7 +140,7 @@ def _asked(experiment: Experiment, entry: StageEntry | None) -> int | None:
     """How many samples the experiment asks for, from the settings that sampling was started with."""
     if entry is None or not experiment.prompts_file.is_file():
         return None
-    settings = entry.config.get("sample", {})
+    settings = entry.section("sample")
     splits = settings.get("splits", [])
     try:
         prompts = sum(not splits or prompt.split in splits for prompt in experiment.prompts())
@@ -184,7 +184,7 @@ def pair_status(experiment: Experiment, manifest: Manifest) -> StageStatus:
     notes = []
     if finished:
         assert entry is not None
-        done = entry.counts.get("total", done)  # a quad with several traces has several lines
+        done = entry.count("total", done)  # a quad with several traces has several lines
         counts = {name: num for name, num in entry.counts.items() if isinstance(num, int) and name != "total" and num}
         notes += [f"{num:,} {name}" for name, num in counts.items()]
         score = manifest.stage("score")
@@ -220,7 +220,7 @@ def train_status(experiment: Experiment, manifest: Manifest) -> StageStatus:
 def _last_entry(path: Path) -> tuple[dict[str, Any], float] | None:
     """The last whole line of a metrics file, and when the file was last written."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         written = path.stat().st_mtime
     except OSError:
         return None
@@ -253,7 +253,7 @@ def evaluate_status(experiment: Experiment, manifest: Manifest) -> StageStatus:
         return StageStatus(stage="evaluate")
     finished = entry is not None and entry.finished is not None
     done = sum(place.mode_result(mode).is_file() for place in benchmarks for mode in MODES)
-    planned = None if entry is None else entry.config.get("evaluate", {})
+    planned = None if entry is None else entry.section("evaluate")
     asked = len(planned.get("benchmarks", ())) * len(planned.get("modes", ())) if planned else None
     notes = []
     train = manifest.stage("train")

@@ -222,25 +222,24 @@ def _with_data(config: ExperimentConfig, experiment: Experiment, options: StageO
 
 
 def _load(auto_class: Any, config: ExperimentConfig, **kwargs: Any) -> Any:
+    from bvpo.models import loading
+
     model = config.model
-    try:
+    with loading(f"model.path: {model.path!r} cannot be loaded"):
         return auto_class.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, **kwargs
         )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.path: {model.path!r} cannot be loaded ({str(error).strip().splitlines()[0]})"
-        ) from error
 
 
 def _load_tokenizer(config: ExperimentConfig) -> Any:
     """The named tokenizer, or the model's own at the model's revision (chat templates change between revisions)."""
-    from transformers import AutoTokenizer
+    from bvpo.models import read_tokenizer
 
-    from bvpo.training.loading import load_tokenizer
-
-    named = config.model.tokenizer
-    return load_tokenizer(named, None) if named else _load(AutoTokenizer, config)
+    model = config.model
+    if model.tokenizer:
+        return read_tokenizer(f"tokenizer {model.tokenizer!r} cannot be loaded", model.tokenizer)
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    return read_tokenizer(f"model.path: {model.path!r}: its tokenizer cannot be loaded", model.path, **options)
 
 
 def _tokens(config: ExperimentConfig, args: Any, tokenizer: Any, model_config: Any) -> tuple[Any, Any, Any]:
@@ -328,7 +327,7 @@ def _doubt_of_sampling(config: ExperimentConfig) -> str | None:
     from bvpo.method.online_alpha import doubt_of_sampling
 
     entry = Experiment(Path(config.data.quads).parent).stage("sample") if config.data.quads else None
-    return None if entry is None else doubt_of_sampling(entry.config.get("sample", {}))
+    return None if entry is None else doubt_of_sampling(entry.section("sample"))
 
 
 def _write_held_out(trainer: Any, experiment: Experiment, tokens: Any, quads: Any, checkpoint: str | None) -> None:

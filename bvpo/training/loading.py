@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from bvpo.models import loading, read_tokenizer
 from bvpo.strict import UserError
 from bvpo.training.arguments import BVPOConfig
 
@@ -32,10 +33,8 @@ def load_policy(model: Any, args: BVPOConfig) -> Any:
     if not isinstance(model, (str, os.PathLike)):
         return model
     dtype = torch.bfloat16 if args.precision == "pure_bf16" else torch.float32
-    try:
+    with loading(f"model {str(model)!r} cannot be loaded"):
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {str(model)!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def load_tokenizer(tokenizer: Any, model: Any) -> Any:
@@ -45,10 +44,7 @@ def load_tokenizer(tokenizer: Any, model: Any) -> Any:
         if not tokenizer:
             raise UserError("processing_class: got none, and the model does not say where its tokenizer is")
     if isinstance(tokenizer, (str, os.PathLike)):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError) as error:
-            raise UserError(f"tokenizer {str(tokenizer)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        tokenizer = read_tokenizer(f"tokenizer {str(tokenizer)!r} cannot be loaded", str(tokenizer))
     return tokenizer
 
 

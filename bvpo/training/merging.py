@@ -12,7 +12,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from bvpo.strict import UserError, parse_json
+from bvpo.strict import UserError, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,7 @@ def is_adapter(folder: Path) -> bool:
 
 def base_of(adapter: Path) -> str:
     """Folder or Hub name of the model that the adapter was trained on."""
-    config = parse_json((adapter / "adapter_config.json").read_text(encoding="utf-8"), str(adapter))
-    return str(config["base_model_name_or_path"])
+    return str(read_json(adapter / "adapter_config.json").get("base_model_name_or_path", ""))
 
 
 def merge_adapter(adapter: Path, target: Path, *, trust_remote_code: bool = False) -> None:
@@ -44,13 +43,13 @@ def merge_adapter(adapter: Path, target: Path, *, trust_remote_code: bool = Fals
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
+    from bvpo.models import loading
+
     logger.info("merging the adapter %s into its base, as %s", adapter, target)
     shutil.rmtree(target, ignore_errors=True)
-    try:
+    with loading(f"{adapter}: the adapter cannot be loaded"):
         model = AutoPeftModelForCausalLM.from_pretrained(str(adapter), trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{adapter}: the adapter cannot be loaded ({str(error).strip().splitlines()[0]})") from error
     model.merge_and_unload().save_pretrained(target)
     tokenizer.save_pretrained(target)
     (target / _SOURCE).write_text(source, encoding="utf-8")  # last: a folder without it is not whole

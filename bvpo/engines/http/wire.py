@@ -62,13 +62,10 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str, revision: str | None, trust_remote_code: bool) -> Vocabulary:
-        from transformers import AutoTokenizer  # here: reading an answer needs no transformers
+        from bvpo.models import read_tokenizer  # here: reading an answer needs no transformers
 
-        try:
-            return cls(AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code))
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"tokenizer {path!r}: cannot load it: {reason[:400]}") from error
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        return cls(read_tokenizer(f"tokenizer {path!r}: cannot load it", path, **options))
 
     def decode(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
