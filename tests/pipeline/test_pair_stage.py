@@ -21,7 +21,7 @@ from bvpo import cli
 from bvpo.config import DataConfig
 from bvpo.data.export import preference_row
 from bvpo.data.scores import score_key
-from bvpo.experiment import RecordStore, read_manifest
+from bvpo.experiment import RecordStore, read_manifest, require_as_paired
 from bvpo.formats import FORMATS, completion_ids, view_prompt
 from bvpo.records import VIEWS, Prompt, Quad, Sample, Score
 from bvpo.stages import pair as stage
@@ -454,3 +454,28 @@ def test_silence_is_rejected_counted_and_exported_as_far_as_the_form_holds_it(tm
     assert quad.empty is None and quad.trace is not None and quad.trace.rejected.token_ids == unclosed.token_ids
     assert (quad.trace.rejected.answer, quad.trace.rejected.trace) == ("", unclosed.text)
     assert not quad.trace.rejected.finished and preference_row(quad, "trace") is None
+
+
+def test_training_refuses_quads_that_were_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cut at a line's end, which is a whole file to any reader. Mutations: the hash not written, not compared, or compared
+    with quads that somebody made by hand."""
+    folder = full_experiment(tmp_path)
+    config = write_config(tmp_path, "")
+    assert pair(config) == 0
+    quads = folder / "quads.jsonl"
+    require_as_paired(quads)
+    whole = quads.read_bytes()
+    cut = whole[: whole.index(b"\n") + 1]
+    quads.write_bytes(cut)
+    for flags in ((), ("--data.quads", str(quads)), ("--data.quads", str(tmp_path), "--data.eval_quads", str(quads))):
+        capsys.readouterr()
+        assert cli.main(["train", config, *flags]) == 2
+        error = capsys.readouterr().err.strip()
+        assert "\n" not in error and f"{quads}: is not what bvpo pair wrote" in error
+    (folder / "mine.jsonl").write_bytes(cut)
+    require_as_paired(folder / "mine.jsonl")
+    assert pair(config) == 0 and quads.read_bytes() == whole
+    require_as_paired(quads)
+    (folder / "manifest.json").unlink()
+    quads.write_bytes(cut)
+    require_as_paired(quads)
