@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -32,6 +33,35 @@ def disk_error(error: OSError, path: str | os.PathLike[str], doing: str) -> User
     if error.errno in _NO_LOCKS:
         return UserError(f"{path}: this file system has no file locks; put the experiment folder on another one")
     return UserError(f"{path}: {error.strerror or error} while {doing}")
+
+
+# What in a model folder can change a result, and what makers of a model leave beside it that no loader reads.
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.py", "*.model", "*.txt")
+_NOTES = ("tiny.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
+_SMALL = 64 * 2**20  # bytes of weights that are read to tell two models apart; of larger ones the sizes must do
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model folder that decide what the model says."""
+    return sorted({p for pattern in _MODEL_FILES for p in folder.glob(pattern) if p.name not in _NOTES})
+
+
+def hash_file(path: Path) -> str:
+    with disk_errors(path, "reading it"), open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_folder(folder: Path) -> str:
+    """SHA-256 over names and contents of :func:`model_files`."""
+    lines = "".join(f"{path.name}\0{hash_file(path)}\n" for path in model_files(folder))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def model_mark(folder: Path) -> list[list[str | int]]:
+    """Name, size and (of a small model) content of the files of a local model; nothing for a name on a hub."""
+    sizes = {path: path.stat().st_size for path in model_files(folder)}
+    small = sum(sizes.values()) <= _SMALL
+    return [[path.name, size, hash_file(path) if small else ""] for path, size in sizes.items()]
 
 
 @contextmanager

@@ -18,16 +18,12 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from bvpo.files import disk_errors
+from bvpo.files import hash_folder
 from bvpo.strict import UserError
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What else in a model folder can change a sample.
-_IDENTITY_FILES = ("*.safetensors", "*.json", "*.jinja", "*.py", "*.model", "*.txt")
-# What makers of a model leave beside it and no loader reads: it may change while the model stays the same.
-_NOTES = ("tiny.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,15 +135,6 @@ def identify(plan: ModelPlan) -> dict[str, Any]:
         folder = Path(source.tokenizer)
         named["tokenizer"] = hash_folder(folder) if folder.is_dir() else source.tokenizer
     return named
-
-
-def hash_folder(folder: Path) -> str:
-    """SHA-256 over names and contents of the files of a model folder that can change a sample."""
-    digest = hashlib.sha256()
-    for path in sorted({p for pattern in _IDENTITY_FILES for p in folder.glob(pattern) if p.name not in _NOTES}):
-        with disk_errors(path, "reading it"), path.open("rb") as file:
-            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
 
 
 def hash_parameters(model: torch.nn.Module) -> str:

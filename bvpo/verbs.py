@@ -7,7 +7,8 @@ In: a verb, and the words after it or a config; out: what the verb's own module 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from bvpo.command import StageOptions
 from bvpo.config import ExperimentConfig
@@ -34,6 +35,13 @@ VERBS: dict[str, tuple[str, str]] = {
 def run_words(verb: str, words: Sequence[str]) -> int:
     """``bvpo VERB WORDS...``; returns the exit code."""
     return importlib.import_module(VERBS[verb][0]).main(words) or 0
+
+
+def stage_fingerprint(verb: str, config: ExperimentConfig) -> dict[str, Any]:
+    """What the stage depends on besides its settings: the files it reads, and the code that works on them."""
+    find: Callable[[ExperimentConfig], dict[str, Any]] | None
+    find = getattr(importlib.import_module(VERBS[verb][0]), "fingerprint", None)
+    return {} if find is None else find(config)
 
 
 READERS = ("analyze",)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bvpo.data.cleaning import normal_conversation, parse_messages, prompt_id, structural_problem
-from bvpo.data.sources import Source, SourceRow, parse_source, read_source
+from bvpo.data.sources import Source, SourceRow, fingerprint_source, parse_source, read_source
 from bvpo.experiment import Experiment
 from bvpo.records import Prompt
 from bvpo.strict import FieldError, UserError, convert, did_you_mean, read_jsonl
@@ -22,6 +22,7 @@ from bvpo.strict import FieldError, UserError, convert, did_you_mean, read_jsonl
 logger = logging.getLogger(__name__)
 
 OWN_SPLIT = "split:"
+_WHOLE_ROWS = Source(path="", with_rest=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,12 @@ def read_prompts(text: str, experiment: Experiment, limit: int | None = None) ->
     )
 
 
+def source_mark(text: str, experiment: Experiment) -> Any:
+    """Changes with the prompts of a benchmark."""
+    own = text.startswith(OWN_SPLIT)
+    return experiment.marks("prompts") if own else fingerprint_source(parse_source(text, _WHOLE_ROWS))
+
+
 def _own_split(split: str, path: Path, prompts: list[Prompt]) -> Iterator[tuple[str, Prompt]]:
     there = sorted({prompt.split for prompt in prompts})
     if not prompts:
@@ -70,7 +77,7 @@ def _own_split(split: str, path: Path, prompts: list[Prompt]) -> Iterator[tuple[
 
 
 def _from_source(text: str) -> Iterator[tuple[str, Prompt]]:
-    source = parse_source(text, Source(path="", with_rest=True))
+    source = parse_source(text, _WHOLE_ROWS)
     left_out: set[str] = set()
     for row in read_source(source):
         messages = parse_messages("" if row.value is None else row.value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from bvpo.command import StageOptions
 from bvpo.config import (
@@ -21,7 +21,7 @@ from bvpo.config import (
     ScoreConfig,
 )
 from bvpo.config.toml import UNSET
-from bvpo.evaluation.benchmark_prompts import BenchmarkPrompts, read_prompts
+from bvpo.evaluation.benchmark_prompts import BenchmarkPrompts, read_prompts, source_mark
 from bvpo.evaluation.metrics import MODE_VIEWS, Mode
 from bvpo.experiment import Experiment
 from bvpo.scorers.base import ReplyCache, Scorer, create_scorer
@@ -148,6 +148,18 @@ def prepare(config: ExperimentConfig, model: ModelConfig, name: str, own: Benchm
         more={metric: _function(path, f"{place}.more.{metric}") for metric, path in own.more.items()},
         no_answer=settings.no_answer,
     )
+
+
+def benchmark_mark(config: ExperimentConfig, own: BenchmarkConfig) -> dict[str, Any]:
+    """What a benchmark's results depend on besides settings and model: its prompts and what judges the answers."""
+    score = config.score
+    if own.scorer == "function":
+        score = ScoreConfig(scorer="function", function=FunctionScorerConfig(path=own.function))
+    return {
+        "source": source_mark(own.source, Experiment.of(config)),
+        "scorer": create_scorer(score).fingerprint(),
+        "more": {metric: _function(path, metric).fingerprint() for metric, path in own.more.items()},
+    }
 
 
 def _function(path: str, place: str) -> FunctionScorer:

@@ -1,6 +1,6 @@
 """Where stages keep what they made: the record store of samples and scores, and the experiment's manifest."""
 
-from bvpo.experiment.folder import Experiment, is_evaluation
+from bvpo.experiment.folder import Experiment, is_evaluation, require_as_paired
 from bvpo.experiment.lines import Key, digest
 from bvpo.experiment.manifest import (
     MANIFEST,
@@ -38,6 +38,7 @@ __all__ = [
     "forget_stage",
     "is_evaluation",
     "read_manifest",
+    "require_as_paired",
     "versions",
     "write_atomically",
 ]

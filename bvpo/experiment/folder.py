@@ -14,7 +14,7 @@ from bvpo.experiment import manifest
 from bvpo.experiment.manifest import MANIFEST, Manifest, StageEntry
 from bvpo.experiment.recordstore import RecordStore
 from bvpo.experiment.sealing import shard_is_whole
-from bvpo.files import write_atomically
+from bvpo.files import hash_file, write_atomically
 from bvpo.records import Prompt, Sample, Score
 from bvpo.strict import UserError, read_jsonl
 
@@ -28,6 +28,20 @@ _MAKE_PROMPTS = "make the experiment's prompts first (bvpo prompts)"
 def is_evaluation(stage: str) -> bool:
     """Whether this name in a manifest is an evaluation's: "evaluate", or "evaluate FOLDER"."""
     return stage.partition(" ")[0] == "evaluate"
+
+
+def require_as_paired(quads: Path) -> None:
+    """Refuses quads that are others than ``bvpo pair`` wrote into this very file; other files are nobody's business."""
+    try:
+        entry = Experiment(quads.parent).stage("pair")
+    except UserError:
+        return
+    known = None if entry is None else entry.shards.get(quads.name)
+    if known is not None and quads.is_file() and known != hash_file(quads):
+        raise UserError(
+            f"{quads}: is not what bvpo pair wrote, by the hash in the manifest: cut, damaged or edited; pair again, or "
+            "keep quads of your own in another file and name it in data.quads"
+        )
 
 
 class _At:
@@ -82,6 +96,14 @@ class Experiment:
     def quads_files(self) -> list[Path]:
         """Of every split."""
         return sorted(self.folder.glob("quads*.jsonl"))
+
+    def marks(self, *parts: str) -> dict[str, Any]:
+        """What "prompts", "samples" and "scores" are now: equal as long as nothing was made anew, lost or edited."""
+        stores = {"samples": self.samples_folder, "scores": self.scores_folder}
+        found = {name: sorted(path.name for path in stores[name].glob("*.parquet")) for name in parts if name in stores}
+        if "prompts" in parts and self.prompts_file.is_file():
+            found["prompts"] = [hash_file(self.prompts_file)]
+        return found
 
     def samples(self) -> RecordStore[Sample]:
         return RecordStore(self.samples_folder, Sample)

@@ -8,7 +8,6 @@ is refused.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import re
@@ -22,6 +21,7 @@ import transformers
 from transformers import AutoConfig
 
 from bvpo.config import RewardModelConfig
+from bvpo.files import hash_folder
 from bvpo.formats.prompts import EndlessTemplate, stopping_endless_templates
 from bvpo.models import loading, read_tokenizer
 from bvpo.scorers.base import Estimate, Needs, Outcome, ScoreItem, about_tokens
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 FIELD = "score.reward_model"
 LOOKAHEAD = 1024  # answers sorted by length at a time: batches hold equals, and results still stream
-_IDENTITY_FILES = ("*.safetensors", "*.json", "*.jinja", "*.py", "*.model", "*.txt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,9 +278,4 @@ def _identity(section: RewardModelConfig, config: Any) -> dict[str, Any]:
     commit = getattr(config, "_commit_hash", None)
     if commit:
         return {"model": section.model, "revision": commit}
-    digest = hashlib.sha256()
-    folder = Path(section.model)
-    for path in sorted({p for pattern in _IDENTITY_FILES for p in folder.glob(pattern)}):
-        with path.open("rb") as file:
-            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return {"content": digest.hexdigest()}
+    return {"content": hash_folder(Path(section.model))}

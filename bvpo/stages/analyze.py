@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from bvpo.command import PlainParser, ReaderParser, parse_reader, whole_number
-from bvpo.config import load_config
+from bvpo.config import ExperimentConfig, load_config
 from bvpo.evaluation.viewstats import Columns, Comparison, Measures, Settings, compare_views
 from bvpo.experiment import Experiment, RecordStore, write_atomically
 from bvpo.formats import ReasoningFormat, answer_offset, resolve_format
@@ -88,6 +88,11 @@ def main(argv: Sequence[str]) -> int | None:
         write(experiment, analysis)
         logger.info("written to %s and %s", experiment.analysis, experiment.analysis_page.name)
     return None
+
+
+def fingerprint(config: ExperimentConfig) -> dict[str, Any]:
+    """The samples."""
+    return Experiment.of(config).marks("samples")
 
 
 def _gradients(argv: Sequence[str]) -> None:

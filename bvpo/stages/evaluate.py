@@ -23,7 +23,7 @@ from bvpo.config import ExperimentConfig, ModelConfig, benchmarks_of, dump_toml
 from bvpo.data.overview import LastScore, last_scores
 from bvpo.data.scores import answer_text
 from bvpo.data.sources import fingerprint_file
-from bvpo.evaluation.benchmarks import Benchmark, evaluated_model, prepare, whole_model
+from bvpo.evaluation.benchmarks import Benchmark, benchmark_mark, evaluated_model, prepare, whole_model
 from bvpo.evaluation.metrics import (
     EMPTY,
     MODE_TITLES,
@@ -40,7 +40,7 @@ from bvpo.experiment import (
     versions,
     write_atomically,
 )
-from bvpo.files import disk_errors, make_folder
+from bvpo.files import disk_errors, make_folder, model_mark
 from bvpo.formats import answer_offset, resolve_format
 from bvpo.records import Prompt, View
 from bvpo.report.tables import evaluation_table
@@ -98,6 +98,17 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
     for line in evaluation_table(results):
         logger.info("%s", line)
     logger.info("written to %s", written)
+
+
+def fingerprint(config: ExperimentConfig) -> dict[str, Any]:
+    """The model, when it was trained, the benchmarks, and what judges the answers."""
+    experiment = Experiment.of(config)
+    train = experiment.stage("train")
+    model = evaluated_model(config)
+    trained = None if train is None or config.evaluate.model else train.finished
+    results = Experiment(experiment.evaluation).results.is_file()
+    marks = {name: benchmark_mark(config, own) for name, own in benchmarks_of(config.evaluate).items()}
+    return {"model": model_mark(Path(model.path)), "trained": trained, "results": results, "benchmarks": marks}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

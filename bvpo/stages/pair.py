@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
@@ -29,7 +29,7 @@ from bvpo.experiment import (
     RecordStore,
     write_atomically,
 )
-from bvpo.files import disk_errors
+from bvpo.files import disk_errors, hash_file
 from bvpo.keys import content_hash
 from bvpo.records import VIEWS, Pair, Prompt, Quad, Response, Sample, Score, View
 from bvpo.strict import UserError, field_types, from_dict, parse_json, to_dict, write_jsonl
@@ -75,8 +75,16 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
         export(experiment.preferences, files if config.pair.export else {}, config, report)
     experiment.write_config(dump_toml(config))
     write_atomically(experiment.pairing, json.dumps(report.summary(), indent=1) + "\n")
-    experiment.finish("pair", counts=report.summary()["quads"])
+    shards = {path.name: hash_file(path) for path in files.values()}
+    experiment.finish("pair", counts=report.summary()["quads"], shards=shards)
     logger.info("written      %s", ", ".join(str(path) for path in files.values()))
+
+
+def fingerprint(config: ExperimentConfig) -> dict[str, Any]:
+    """What pairs are chosen from, and the quads that came of it."""
+    experiment = Experiment.of(config)
+    quads = {path.name: hash_file(path) for path in experiment.quads_files()}
+    return {**experiment.marks("prompts", "samples", "scores"), "quads": quads}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -97,8 +97,7 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
     if not settings.sources:
         raise UserError("prompts.sources: nothing to read; name files, folders or Hub data sets")
     experiment = Experiment.of(config)
-    sources = [parse_source(text, _default_source(settings)) for text in settings.sources]
-    benchmarks = benchmark_files(settings.decontaminate)
+    sources, benchmarks = _sources(settings), benchmark_files(settings.decontaminate)
     identity = _identity(config, sources, benchmarks)
     if _has_samples(experiment.samples_folder):
         experiment.check("prompts", **identity)
@@ -123,6 +122,16 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
     experiment.finish("prompts", counts=counts)
     places = experiment.prompts_file, experiment.dropped_file.name
     logger.info("written to %s; the dropped ones, with reasons, to %s", *places)
+
+
+def fingerprint(config: ExperimentConfig) -> dict[str, Any]:
+    """The sources and the benchmarks that they are kept clear of."""
+    return _identity(config, _sources(config.prompts), benchmark_files(config.prompts.decontaminate))["fingerprints"]
+
+
+def _sources(settings: PromptsConfig) -> list[Source]:
+    default = Source(path="", split=settings.split, column=settings.column, id_column=settings.id_column)
+    return [parse_source(text, default) for text in settings.sources]
 
 
 def clean(
@@ -163,10 +172,6 @@ def choose(candidates: Sequence[Candidate], count: int | None, seed: int) -> lis
     places = [hash_int(normal_conversation(c.messages), f"bvpo-choice-{seed}") for c in candidates]
     chosen = sorted(range(len(candidates)), key=places.__getitem__)[:count]
     return [candidates[index] for index in sorted(chosen)]
-
-
-def _default_source(settings: PromptsConfig) -> Source:
-    return Source(path="", split=settings.split, column=settings.column, id_column=settings.id_column)
 
 
 def _read(source: Source, settings: PromptsConfig, state: Cleaning) -> None:

@@ -8,7 +8,6 @@ nothing and starts no server.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import sys
@@ -28,6 +27,7 @@ from bvpo.experiment import (
     StageEntry,
 )
 from bvpo.experiment.sampleplan import Draw, SamplePlan, SampleSpec, in_shard, plan_samples, shard_of, walk
+from bvpo.files import hash_file
 from bvpo.formats import FORMATS, ReasoningFormat, end_ids, resolve_format, view_prompt
 from bvpo.formats.prompts import template_source
 from bvpo.keys import content_hash, seed_from_key
@@ -107,6 +107,11 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
     _finish(experiment, config.sample, len(everything), plan.num_shared, report)
 
 
+def fingerprint(config: ExperimentConfig) -> dict[str, Any]:
+    """The prompts; the samples are what it makes. The model is known without asking an engine."""
+    return Experiment.of(config).marks("prompts", "samples")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what is asked for
 
@@ -177,8 +182,6 @@ def _identity(
         del settings[name]
     settings["engine"] = engine["engine"]  # Ray is a way to run an engine, not another one
     facts = {name: getattr(fmt, name) for name in fmt.__slots__ if name not in ("models", "verified", "lead", "detect")}
-    with open(experiment.prompts_file, "rb") as stream:
-        prompts = hashlib.file_digest(stream, "sha256").hexdigest()
     return {
         "config": {"sample": settings, "format": fmt.name, "seed": config.seed},
         "fingerprints": {
@@ -186,7 +189,7 @@ def _identity(
             "format": content_hash(facts),
             # an edited chat template is another experiment
             "tokenizer": content_hash([template_source(tokenizer), [_probe(tokenizer, fmt, view) for view in VIEWS]]),
-            "prompts": prompts,
+            "prompts": hash_file(experiment.prompts_file),
         },
     }
 

@@ -60,10 +60,9 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
             stack.callback(replies.close)
         scorer = create_scorer(config.score, replies)
         stack.callback(scorer.close)
-        fingerprint = scorer.fingerprint()
-        identity: dict[str, Any] = {"config": {"scorer": config.score.scorer}, "fingerprints": {"scorer": fingerprint}}
+        identity: dict[str, Any] = {"config": {"scorer": config.score.scorer}, "fingerprints": _identity(scorer)}
         experiment.check("score", **identity)
-        name = scorer_id(config.score.scorer, fingerprint)
+        name = scorer_id(config.score.scorer, scorer.fingerprint())
         store = experiment.scores()
         work = find_work(prompts, samples, store, name, scorer.needs, retry_failed=options.retry_failed)
         _say_work(name, work, scorer, options.retry_failed)
@@ -76,6 +75,19 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
         report = _score(work, scorer, name, writer)
     store.seal()
     _finish(experiment, store, name, work, report, replies)
+
+
+def fingerprint(config: ExperimentConfig) -> dict[str, Any]:
+    """The scorer (its code, template or weights), and what it scores."""
+    scorer = create_scorer(config.score)
+    try:
+        return {**_identity(scorer), **Experiment.of(config).marks("prompts", "samples", "scores")}
+    finally:
+        scorer.close()
+
+
+def _identity(scorer: Scorer) -> dict[str, Any]:
+    return {"scorer": scorer.fingerprint()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from typing import Any
 
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
-from bvpo.experiment import Experiment
-from bvpo.files import folder_lock, make_folder, sync_file, sync_folder, write_atomically
+from bvpo.experiment import Experiment, require_as_paired
+from bvpo.files import folder_lock, hash_file, make_folder, sync_file, sync_folder, write_atomically
 from bvpo.records import VIEWS
 from bvpo.strict import UserError, parse_json, write_jsonl
 
@@ -206,6 +206,21 @@ def _save_final(trainer: Any, experiment: Experiment) -> None:
         sync_folder(final.parent)
 
 
+def fingerprint(config: ExperimentConfig) -> dict[str, Any]:
+    """The data, as it is on the disk, and whether the model that came of it is there."""
+    experiment = Experiment.of(config)
+    data = _with_data(config, experiment, StageOptions()).data
+    names = filter(None, (data.quads, data.eval_quads, data.trace, data.empty))
+    return {"data": {name: _content(Path(name)) for name in names}, "model": experiment.final.is_dir()}
+
+
+def _content(path: Path) -> Any:
+    """Of a file, or of the files in a folder; a data set on a hub is named by its config."""
+    if path.is_dir():
+        return [[str(file.relative_to(path)), hash_file(file)] for file in sorted(path.rglob("*")) if file.is_file()]
+    return hash_file(path) if path.is_file() else ""
+
+
 def _with_data(config: ExperimentConfig, experiment: Experiment, options: StageOptions) -> ExperimentConfig:
     """The experiment's own quads unless others are named, and ``--limit``."""
     data = config.data
@@ -216,6 +231,8 @@ def _with_data(config: ExperimentConfig, experiment: Experiment, options: StageO
                 f"data: nothing to train on; set data.quads, or data.trace and data.empty, or make {own} first"
             )
         data = dataclasses.replace(data, quads=str(own))
+    for quads in filter(None, (data.quads, data.eval_quads)):
+        require_as_paired(Path(quads))
     if options.limit is not None:
         data = dataclasses.replace(data, limit=options.limit)
     return dataclasses.replace(config, data=data)

@@ -9,7 +9,7 @@ import shutil
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,14 @@ from models_fixtures import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from bvpo.cli import main
+from bvpo.evaluation.viewstats import Settings
+from bvpo.experiment import Experiment as Folder
 from bvpo.experiment import RecordStore
 from bvpo.formats import answer_offset, get_format
 from bvpo.records import VIEWS, Quad, Sample, Score, View
 from bvpo.report.pages import visible
 from bvpo.report.terminal import Terminal
+from bvpo.stages import analyze as stage
 from bvpo.strict import read_jsonl
 
 ATTACK = "<script>document.title='owned'</script><img src=http://evil.example/x onerror=alert(1)>\x1b[31mred\u202e"
@@ -146,6 +149,29 @@ def test_status_verifies_every_byte_and_repairs_on_request(copied: Path, out: Ca
     for old in (copied / "scores").glob("*.parquet"):
         old.unlink()
     assert "missing; the manifest says" in out("status", copied, "--verify", code=1, stream="out")
+
+
+@pytest.mark.parametrize("place", ["samples", "scores"])
+def test_a_damaged_shard_stops_every_stage_before_it_works(
+    whole: Experiment, copied: Path, out: Callable[..., str], place: str
+) -> None:
+    """Mutations: any of these stages that goes on, throws its work away or says that all is done; advice that does not
+    help; damage that only a read of the column would find."""
+    (shard,) = (copied / place).glob("*.parquet")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 1
+    shard.write_bytes(content)
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    here = ("--root", str(copied.parent), "--name", copied.name)
+    for verb in ("sample", "score", "pair"):
+        said = out(verb, whole.config, *here, code=2)
+        assert said.startswith(f"bvpo: error: {shard}: damaged") and f"bvpo status {copied} --repair" in said
+    assert "damaged" in out("analyze", copied, code=2)
+    assert before == {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    out("status", copied, "--repair")
+    for verb in ("sample", "score", "pair"):
+        out(verb, whole.config, *here)
+    assert (copied / "quads.jsonl").read_bytes() == (whole.folder / "quads.jsonl").read_bytes()
 
 
 def test_status_of_training(copied: Path, out: Callable[..., str]) -> None:
@@ -433,7 +459,9 @@ def test_analyze_equals_an_independent_recomputation(whole: Experiment, out: Cal
     """Mutation: any definition changed, a failed or unclosed sample counted, or the two files saying different things."""
     text = out("analyze", whole.folder, "--resamples", "200")
     data = json.loads((whole.folder / "analysis.json").read_text())
-    found = {one["name"]: one for one in data["comparisons"]}
+    whole_digits = [asdict(one) for one in stage.analyze(Folder(whole.folder), Settings(num_resamples=200)).comparisons]
+    assert data["comparisons"] == stage.rounded(whole_digits), "the file holds the same, in fewer digits"
+    found = {one["name"]: one for one in whole_digits}
     for name, expected in recompute(list(whole.samples.values())).items():
         sides = [found[name]["first"], found[name]["second"]][: len(expected)]
         assert [side["value"] for side in sides] == pytest.approx(expected), name
@@ -473,6 +501,25 @@ def test_analyze_is_reproducible(whole: Experiment, out: Callable[..., str]) -> 
     assert seen[0] == seen[1]
     out("analyze", whole.folder, "--resamples", "50", "--seed", "1")
     assert (whole.folder / "analysis.json").read_text() != seen[0][0]
+
+
+def test_analysis_does_not_follow_the_last_bits_of_log_probs(whole: Experiment, tmp_path: Path) -> None:
+    """Batches are others after a restart, which moves log-probs by some 1e-6. Mutation: more digits than are shown."""
+
+    def analyzed(name: str, change: float) -> bytes:
+        folder = shutil.copytree(whole.folder, tmp_path / name)
+        samples = list(RecordStore(folder / "samples", Sample))
+        shutil.rmtree(folder / "samples")
+        with RecordStore(folder / "samples", Sample).open_writer() as writer:
+            for number, sample in enumerate(samples):
+                assert sample.logprobs
+                moved = tuple(value + change * (-1) ** number for value in sample.logprobs)
+                writer.append(replace(sample, logprobs=moved))
+        assert main(["analyze", str(folder)]) == 0
+        found = json.loads((folder / "analysis.json").read_bytes())
+        return json.dumps({**found, "experiment": ""}).encode()
+
+    assert analyzed("a", 0.0) == analyzed("b", 1e-6) != analyzed("c", 1e-2)
 
 
 def test_the_analysis_page(whole: Experiment, out: Callable[..., str]) -> None:

@@ -21,7 +21,7 @@ from bvpo import cli
 from bvpo.config import DataConfig
 from bvpo.data.export import preference_row
 from bvpo.data.scores import score_key
-from bvpo.experiment import RecordStore, read_manifest
+from bvpo.experiment import RecordStore, read_manifest, require_as_paired
 from bvpo.formats import FORMATS, completion_ids, view_prompt
 from bvpo.records import VIEWS, Prompt, Quad, Sample, Score
 from bvpo.stages import pair as stage
@@ -482,3 +482,28 @@ def test_rejected_silence_has_its_sampled_tokens_after_the_preference_set(tmp_pa
     close, eos = tokenizer.encode("</think>", add_special_tokens=False), tokenizer.eos_token_id
     assert found[0] == found[1] and found[0][0] == [*close, eos] and len(found[0]) == 2
     assert [ids[len(close) :] for ids in found[0]] == [list(s.token_ids) for s in samples if s.index == 1]
+
+
+def test_training_refuses_quads_that_were_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cut at a line's end, which is a whole file to any reader. Mutations: the hash not written, not compared, or compared
+    with quads that somebody made by hand."""
+    folder = full_experiment(tmp_path)
+    config = write_config(tmp_path, "")
+    assert pair(config) == 0
+    quads = folder / "quads.jsonl"
+    require_as_paired(quads)
+    whole = quads.read_bytes()
+    cut = whole[: whole.index(b"\n") + 1]
+    quads.write_bytes(cut)
+    for flags in ((), ("--data.quads", str(quads)), ("--data.quads", str(tmp_path), "--data.eval_quads", str(quads))):
+        capsys.readouterr()
+        assert cli.main(["train", config, *flags]) == 2
+        error = capsys.readouterr().err.strip()
+        assert "\n" not in error and f"{quads}: is not what bvpo pair wrote" in error
+    (folder / "mine.jsonl").write_bytes(cut)
+    require_as_paired(folder / "mine.jsonl")
+    assert pair(config) == 0 and quads.read_bytes() == whole
+    require_as_paired(quads)
+    (folder / "manifest.json").unlink()
+    quads.write_bytes(cut)
+    require_as_paired(quads)

@@ -275,6 +275,44 @@ def test_a_second_run_finds_everything_done(finished: Path, home: Path) -> None:
     assert times == {path: path.stat().st_mtime_ns for path in finished.rglob("verdicts.jsonl")}
 
 
+def test_what_was_edited_is_not_skipped(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Same settings, other files. Mutations: a scorer file, a source of prompts, a chat template, the quads or the model's
+    folder not asked for; a stage that runs although nothing changed."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copytree(home / "model", copy / "model")
+    for name in ("prompts.jsonl", "scorer.py"):
+        shutil.copyfile(home / name, copy / name)
+    text = CONFIG.partition("[run]")[0].replace("num_samples = 3", "num_samples = 2")
+    (copy / "cmp.toml").write_text(text + '[run]\nstages = ["prompts", "sample", "score", "pair"]\n')
+    monkeypatch.chdir(copy)
+    own = copy / "experiments" / "cmp"
+
+    def run() -> tuple[int, int]:
+        capsys.readouterr()
+        code = main(["run", "cmp.toml"])
+        return code, capsys.readouterr().err.count("done before")
+
+    assert run() == (0, 0)
+    assert run() == (0, 4)
+    whole = (own / "quads.jsonl").read_text()
+    (own / "quads.jsonl").write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    assert run() == (0, 3) and (own / "quads.jsonl").read_text() == whole
+    for file, old, new, done in (
+        (copy / "scorer.py", "float(len(answer))", "-float(len(answer))", 2),
+        (copy / "prompts.jsonl", "Question 1:", "Question 1, please:", 0),
+        (copy / "model" / "chat_template.jinja", "{", "{# other #}{", 0),
+    ):
+        before = file.read_text()
+        file.write_text(before.replace(old, new, 1))
+        assert before != file.read_text()
+        assert run() == (2, done), file
+        file.write_text(before)
+        assert run() == (0, 4), file
+
+
 def test_killed_runs_end_the_same(finished: Path, home: Path, tmp_path: Path) -> None:
     """``kill -9`` of the command at random moments. Mutation: workers that live on, half-written results that count."""
     again = tmp_path / "again"

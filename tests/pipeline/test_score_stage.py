@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,29 @@ def test_new_samples_reuse_known_answers(tmp_path: Path) -> None:
     assert score(config) == 0
     assert calls(tmp_path)[before:] == ["new one"]
     assert by_sample(folder)[make_sample("p0", "empty", 2, "").key].value == 5.0
+
+
+def test_scores_do_not_tell_where_a_run_was_killed(tmp_path: Path) -> None:
+    """Samples in the order in which they came, and any number of their scores written before. Mutation: `same_as` the first
+    that was met, or another `extra` where the answer had been scored in an earlier run."""
+    samples = [one for one in mixed_samples() if one.prompt_id == "p0"]
+    found = []
+    for number in range(len(samples) + 1):
+        root = tmp_path / str(number)
+        root.mkdir()
+        folder = make_experiment(root, make_prompts(1), samples if number % 2 else samples[::-1])
+        config = function_config(root, LENGTH)
+        assert score(config) == 0
+        kept = all_scores(folder)[:number]
+        for path in (folder / "scores").iterdir():
+            path.unlink()
+        with RecordStore(folder / "scores", Score, key=score_key).open_writer() as writer:
+            for one in kept:
+                writer.append(one)
+        assert score(config) == 0
+        found.append({one.sample_key: replace(one, scorer="") for one in all_scores(folder)})
+    assert all(one == found[0] for one in found)
+    assert any("same_as" in one.extra for one in found[0].values())
 
 
 def test_another_scorer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
