@@ -25,10 +25,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @cache
 def newest(kind: str, part: str = "") -> dict[str, Any]:
-    """The newest file of a kind (that has this campaign, if one is named), and its name as ``file``."""
-    for file in sorted(RESULTS.glob(f"{kind}-????-??-??.json"), reverse=True):
+    """The newest file of a kind (or of a part of it that has this campaign, if one is named), and its name as ``file``."""
+    files = RESULTS.glob(f"{kind}*-????-??-??.json" if part else f"{kind}-????-??-??.json")
+    for file in sorted(files, key=lambda path: path.stem[-10:], reverse=True):
         record = json.loads(file.read_text())
-        if not part or part in record["campaigns"]:
+        if not part or part in record.get("campaigns", {}):
             return record | {"file": file.name}
     raise LookupError(f"no {kind} results under {RESULTS}")
 
