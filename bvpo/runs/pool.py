@@ -34,6 +34,7 @@ from bvpo.strict import OtherSettings, UserError
 from bvpo.verbs import run_stage
 
 _PR_SET_PDEATHSIG = 1
+_PATIENCE = 30.0  # seconds for a checkpoint; clusters wait about as long between SIGTERM and SIGKILL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,16 +132,17 @@ class _Worker:
         self.job = job
         self.pipe.send(job)
 
-    def stop(self) -> None:
-        """An idle worker leaves when its pipe closes; one at work is ended."""
-        idle = self.job is None
+    def ask_to_end(self) -> None:
+        """An idle worker leaves when its pipe closes; one at work gets SIGTERM, at which training saves a checkpoint."""
         self.pipe.close()
-        if idle:
-            self.process.join(10)
-        for end in (self.process.terminate, self.process.kill):
-            if self.process.is_alive():
-                end()
-                self.process.join(5)
+        if self.job is not None and self.process.is_alive():
+            self.process.terminate()
+
+    def wait_for_end(self) -> None:
+        self.process.join(_PATIENCE)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
 
 
 class _Pool:
@@ -187,11 +189,16 @@ class _Pool:
 
     def _drop(self, worker: _Worker) -> None:
         self._workers.remove(worker)
-        worker.stop()
+        worker.ask_to_end()
+        worker.wait_for_end()
 
     def close(self) -> None:
-        for worker in list(self._workers):
-            self._drop(worker)
+        """All are asked before the first is waited for."""
+        for worker in self._workers:
+            worker.ask_to_end()
+        for worker in self._workers:
+            worker.wait_for_end()
+        self._workers.clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +210,9 @@ def _work(pipe: Connection, options: StageOptions) -> None:
     _end_with_parent()
     threads = os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch  # after the environment, which it reads once
+    from tqdm import tqdm
 
+    tqdm.set_lock(threading.RLock())  # its own has a semaphore, and a killed process leaves that to be complained about
     torch.set_num_threads(int(threads) if threads.isdecimal() else 1)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with suppress(EOFError, OSError, KeyboardInterrupt):
@@ -245,10 +254,12 @@ def _messages_to(path: Path) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, UserError | KeyboardInterrupt):
-                traceback.print_exc()
-            else:
+            if isinstance(error, UserError):
                 logger.info("bvpo: error: %s", error)
+            elif isinstance(error, KeyboardInterrupt):
+                logger.info("bvpo: interrupted")
+            elif not isinstance(error, SystemExit):
+                traceback.print_exc()
             raise
         finally:
             logger.removeHandler(handler)

@@ -7,12 +7,15 @@ seed's data and every method, below ``ROOT/NAME/seed-S``. What is finished is sk
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import signal
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +42,33 @@ ABOUT = (
 
 
 def main(argv: Sequence[str]) -> int | None:
-    run(*parse_command("run", argv, ABOUT))
+    config, options = parse_command("run", argv, ABOUT)
+    with _ending_on_sigterm():
+        run(config, options)
     return None
+
+
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """As on ctrl-C, with the exit code that shells give: workers are ended, and one line says so."""
+    asked: list[int] = []
+
+    def end(number: int, frame: Any) -> None:
+        asked.append(number)
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except SystemExit:
+        if asked:
+            logger.info("bvpo: terminated; running the same command again resumes")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(config: ExperimentConfig, options: StageOptions) -> None:

@@ -336,6 +336,29 @@ def test_killed_runs_end_the_same(finished: Path, home: Path, tmp_path: Path) ->
     assert results(again / "experiments" / "cmp") == results(finished)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_and_its_workers(home: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """Ctrl-C, which a terminal sends to all processes, and SIGTERM to the command alone, while both workers are at work: one
+    line, and the end of stderr says that nobody is left who holds it. Mutations: SIGTERM without a handler; workers that
+    live on; tqdm's semaphore left to Python's resource tracker, which complains."""
+    for name in ("model", "prompts.jsonl", "cmp.toml"):
+        (tmp_path / name).symlink_to(home / name)
+    for name in ("here", "never"):
+        os.mkfifo(tmp_path / name)
+    wait = f"open({str(tmp_path / 'here')!r}, 'w').write('x')\nopen({str(tmp_path / 'never')!r}).read()\n"
+    (tmp_path / "scorer.py").write_text(wait + SCORER)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bvpo", "run", "cmp.toml"], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert (tmp_path / "here").read_text()  # a worker scores, and waits for what never comes
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    _, said = process.communicate()
+    assert process.returncode == code, said
+    lines = said.splitlines()
+    assert len(lines) == 2 and lines[1].endswith("running the same command again resumes"), said
+
+
 def _all_gone(group: int) -> bool:
     for _ in range(100):
         if not subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True).stdout.split():
