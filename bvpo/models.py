@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from bvpo.config import ModelConfig
 from bvpo.files import hash_folder
 from bvpo.strict import UserError
 
@@ -67,6 +68,17 @@ def load_model(plan: ModelPlan) -> tuple[Any, Any]:
     model = _from_pretrained(AutoModelForCausalLM, source.path, source, dtype=plan.dtype, use_safetensors=True)
     logger.info("loaded %s (%s on %s)", source.path, str(plan.dtype).removeprefix("torch."), plan.device)
     return model.to(plan.device).eval(), tokenizer
+
+
+def load_tokenizer(model: ModelConfig, field: str = "model.path") -> Any:
+    """The named tokenizer, or the model's own at the model's revision; ``field`` is the setting that needs it."""
+    path = model.tokenizer or model.path
+    revision = model.revision if path == model.path else None  # one from elsewhere has revisions of its own
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{field}: the tokenizer {path!r} cannot be loaded ({reason})") from error
 
 
 def _from_pretrained(auto_class: Any, path: str, source: ModelSource, **options: Any) -> Any:

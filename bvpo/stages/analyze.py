@@ -174,13 +174,11 @@ def analyze(experiment: Experiment, settings: Settings, limit: int | None = None
 
 def _tools(experiment: Experiment, notes: list[str]) -> tuple[Any, ReasoningFormat] | None:
     """Tokenizer and format, to find where answers begin; without them, Table 5 is left out and a note says so."""
-    from transformers import AutoTokenizer
+    from bvpo.models import load_tokenizer
 
     try:
         model = load_config(experiment.config_file).model
-        path = model.tokenizer or model.path
-        revision = model.revision if path == model.path else None
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=model.trust_remote_code)
+        tokenizer = load_tokenizer(model)
         return tokenizer, resolve_format(tokenizer, model.format, model.custom_format)
     except (UserError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

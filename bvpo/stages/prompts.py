@@ -207,15 +207,9 @@ def _require_distinct_ids(candidates: Sequence[Candidate]) -> None:
 
 
 def _token_counter(config: ExperimentConfig) -> Callable[[list[str]], list[int]]:
-    from transformers import AutoTokenizer
+    from bvpo.models import load_tokenizer
 
-    path = config.model.tokenizer or config.model.path
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=config.model.revision)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"prompts.max_tokens: the tokenizer {path!r} cannot be loaded ({str(error).splitlines()[0]})"
-        ) from error
+    tokenizer = load_tokenizer(config.model, "prompts.max_tokens")
 
     def count(texts: list[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
