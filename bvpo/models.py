@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from bvpo.config import ModelConfig
 from bvpo.files import hash_folder
 from bvpo.strict import UserError
 
@@ -74,6 +75,14 @@ def load_model(plan: ModelPlan) -> tuple[Any, Any]:
         model(torch.zeros((1, 2), dtype=torch.long, device=plan.device))
     logger.info("loaded %s (%s on %s)", source.path, str(plan.dtype).removeprefix("torch."), plan.device)
     return model, tokenizer
+
+
+def load_tokenizer(model: ModelConfig, field: str = "model.path") -> Any:
+    """The named tokenizer, or the model's own at the model's revision; ``field`` is the setting that needs it."""
+    path = model.tokenizer or model.path
+    revision = model.revision if path == model.path else None  # one from elsewhere has revisions of its own
+    failure = f"{field}: the tokenizer {path!r} cannot be loaded"
+    return read_tokenizer(failure, path, revision=revision, trust_remote_code=model.trust_remote_code)
 
 
 def _from_pretrained(auto_class: Any, path: str, source: ModelSource, **options: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bvpo.data.scores import ATTEMPT
+from bvpo.data.scores import ATTEMPT, CONTENT
 from bvpo.records import VIEWS, View
 
 Role = Literal["chosen", "rejected"]
@@ -23,10 +23,15 @@ class LastScore:
     value: float | None
     error: str | None
     attempt: int = 0
+    content: str | None = None
+
+
+SCORE_COLUMNS = ("sample_key", "scorer", "value", "error", "extra")
+"""Of a score, what :func:`last_scores` looks at."""
 
 
 def last_scores(rows: Iterable[Mapping[str, Any]], scorer: str | None) -> dict[str, LastScore]:
-    """Sample key -> its last score, from rows with ``sample_key``, ``scorer``, ``value``, ``error`` and ``extra``; of one
+    """Sample key -> its last score, from rows with :data:`SCORE_COLUMNS`; of one
     scorer, or of whichever comes first where ``scorer`` is ``None``."""
     found: dict[str, LastScore] = {}
     for row in rows:
@@ -34,7 +39,9 @@ def last_scores(rows: Iterable[Mapping[str, Any]], scorer: str | None) -> dict[s
         attempt = int(row["extra"].get(ATTEMPT, 0))
         known = found.get(row["sample_key"])
         if row["scorer"] == scorer and (known is None or attempt > known.attempt):
-            found[row["sample_key"]] = LastScore(value=row["value"], error=row["error"], attempt=attempt)
+            found[row["sample_key"]] = LastScore(
+                value=row["value"], error=row["error"], attempt=attempt, content=row["extra"].get(CONTENT)
+            )
     return found
 
 

@@ -188,14 +188,11 @@ def analyze(
 
 def _tools(experiment: Experiment, notes: list[str]) -> tuple[Any, ReasoningFormat] | None:
     """Tokenizer and format, to find where answers begin; without them, Table 5 is left out and a note says so."""
-    from bvpo.models import read_tokenizer
+    from bvpo.models import load_tokenizer
 
     try:
         model = load_config(experiment.config_file).model
-        path = model.tokenizer or model.path
-        revision = model.revision if path == model.path else None
-        options = {"revision": revision, "trust_remote_code": model.trust_remote_code}
-        tokenizer = read_tokenizer(repr(path), path, **options)
+        tokenizer = load_tokenizer(model)
         return tokenizer, resolve_format(tokenizer, model.format, model.custom_format)
     except UserError as error:
         notes.append(f"Table 5 is left out: it needs the model's tokenizer, which cannot be loaded ({error}).")

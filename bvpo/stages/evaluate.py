@@ -20,7 +20,7 @@ from typing import Any
 
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, ModelConfig, benchmarks_of, dump_toml
-from bvpo.data.overview import LastScore, last_scores
+from bvpo.data.overview import SCORE_COLUMNS, LastScore, last_scores
 from bvpo.data.scores import answer_text
 from bvpo.data.sources import fingerprint_file
 from bvpo.evaluation.benchmarks import Benchmark, benchmark_mark, evaluated_model, prepare, whole_model
@@ -228,7 +228,7 @@ def _read_samples(benchmark: Benchmark) -> dict[tuple[str, View, int], dict[str,
 def _read_scores(experiment: Experiment) -> dict[str, LastScore]:
     scorer = experiment.scorer()
     assert scorer is not None, f"{experiment.folder} was never scored"
-    return last_scores(experiment.scores().columns("sample_key", "scorer", "value", "error", "extra"), scorer)
+    return last_scores(experiment.scores().columns(*SCORE_COLUMNS), scorer)
 
 
 def _score_silence(
@@ -321,12 +321,9 @@ class _TraceTokens:
     """Counts the tokens of traces, which takes the model's tokenizer."""
 
     def __init__(self, model: ModelConfig) -> None:
-        from bvpo.models import read_tokenizer
+        from bvpo.models import load_tokenizer
 
-        path = model.tokenizer or model.path
-        revision = model.revision if path == model.path else None
-        options = {"revision": revision, "trust_remote_code": model.trust_remote_code}
-        self._tokenizer: Any = read_tokenizer(f"the tokenizer {path!r} cannot be loaded", path, **options)
+        self._tokenizer = load_tokenizer(model)
         self._format = resolve_format(self._tokenizer, model.format, model.custom_format)
 
     def count(self, row: Mapping[str, Any]) -> int | None:

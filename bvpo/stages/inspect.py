@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bvpo.command import ReaderParser, parse_reader, whole_number
-from bvpo.data.overview import SORTS, PromptNote, Role, SampleNote, choose_within, last_scores
+from bvpo.data.overview import SCORE_COLUMNS, SORTS, PromptNote, Role, SampleNote, choose_within, last_scores
 from bvpo.experiment import Experiment, RecordStore, write_atomically
 from bvpo.records import VIEWS, Pair, Prompt, Quad, Sample, View
 from bvpo.report.pages import clip, render_page
@@ -88,7 +88,7 @@ def open_experiment(experiment: Experiment) -> Opened:
     prompts = {prompt.id: prompt for prompt in experiment.prompts(missing="there is nothing to inspect yet")}
     notes = {id: PromptNote(prompt_id=id, text=prompt.messages[-1].content) for id, prompt in prompts.items()}
     samples, scorer = experiment.samples(), experiment.scorer()
-    scores = last_scores(experiment.scores().columns("sample_key", "scorer", "value", "error", "extra"), scorer)
+    scores = last_scores(experiment.scores().columns(*SCORE_COLUMNS), scorer)
     roles, paired = _pairs(experiment, notes)
     names = ("key", "prompt_id", "view", "index", "token_ids", "text", "finish", "answer", "error")
     for row in samples.columns(*names):

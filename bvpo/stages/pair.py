@@ -21,9 +21,10 @@ from typing import IO, Any
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
 from bvpo.data.export import preference_card, write_preference_folder, write_preference_jsonl
+from bvpo.data.overview import SCORE_COLUMNS, last_scores
 from bvpo.data.pairing import DROPS, Candidate, Choice, select_pairs, with_traces
 from bvpo.data.pairing_report import Report
-from bvpo.data.scores import ATTEMPT, NO_ANSWER, answer_text
+from bvpo.data.scores import NO_ANSWER, answer_text
 from bvpo.experiment import (
     Experiment,
     RecordStore,
@@ -104,25 +105,18 @@ def read_scores(store: RecordStore[Score]) -> Scores:
     """All scores, which must come from one scorer: values of two scorers cannot be compared."""
     if not len(store):
         raise UserError(f"{store.folder}: no scores; score the samples first")
-    found = Scores(scorer="")
-    attempts: dict[str, int] = {}
-    for row in store.columns("sample_key", "scorer", "value", "error", "extra"):
-        found.scorer = found.scorer or row["scorer"]
-        if row["scorer"] != found.scorer:
-            raise UserError(
-                f"{store.folder}: holds scores of {found.scorer} and of {row['scorer']}, which cannot be compared; remove "
-                "the folder and score again"
-            )
-        key, attempt = row["sample_key"], int(row["extra"].get(ATTEMPT, 0))
-        if attempt < attempts.get(key, 0):
-            continue
-        attempts[key] = attempt
-        found.values.pop(key, None)
-        found.errors.pop(key, None)
-        if row["value"] is None:
-            found.errors[key] = row["error"] or "unknown error"
+    scorer, *others = dict.fromkeys(row["scorer"] for row in store.columns("scorer"))
+    if others:
+        raise UserError(
+            f"{store.folder}: holds scores of {scorer} and of {others[0]}, which cannot be compared; remove the folder and "
+            "score again"
+        )
+    found = Scores(scorer=scorer)
+    for key, last in last_scores(store.columns(*SCORE_COLUMNS), scorer).items():
+        if last.value is None:
+            found.errors[key] = last.error or "unknown error"
         else:
-            found.values[key] = row["value"]
+            found.values[key] = last.value
     return found
 
 

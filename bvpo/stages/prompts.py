@@ -207,11 +207,9 @@ def _require_distinct_ids(candidates: Sequence[Candidate]) -> None:
 
 
 def _token_counter(config: ExperimentConfig) -> Callable[[list[str]], list[int]]:
-    from bvpo.models import read_tokenizer
+    from bvpo.models import load_tokenizer
 
-    path = config.model.tokenizer or config.model.path
-    failure = f"prompts.max_tokens: the tokenizer {path!r} cannot be loaded"
-    tokenizer = read_tokenizer(failure, path, revision=config.model.revision)
+    tokenizer = load_tokenizer(config.model, "prompts.max_tokens")
 
     def count(texts: list[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]

@@ -57,11 +57,13 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
     """Draws what is missing; ``--limit`` keeps to the first prompts, ``sample.shard`` to a part of them."""
     from transformers.utils import logging as transformers_logging
 
+    from bvpo.models import load_tokenizer
+
     transformers_logging.disable_progress_bar()  # one bar: ours
     experiment = Experiment.of(config)
     experiment.require_whole()
     everything = _prompts(experiment, config.sample)
-    tokenizer = _load_tokenizer(config)
+    tokenizer = load_tokenizer(config.model)
     fmt = resolve_format(tokenizer, config.model.format, config.model.custom_format)
     sampling = _sampling(config.sample, end_ids(tokenizer, fmt))
     with ExitStack() as stack:
@@ -126,16 +128,6 @@ def _prompts(experiment: Experiment, settings: SampleConfig) -> list[Prompt]:
     if not kept:
         raise UserError(f"{path}: holds no prompts")
     return kept
-
-
-def _load_tokenizer(config: ExperimentConfig) -> Any:
-    from bvpo.models import read_tokenizer
-
-    model = config.model
-    path = model.tokenizer or model.path
-    revision = model.revision if path == model.path else None
-    options = {"revision": revision, "trust_remote_code": model.trust_remote_code}
-    return read_tokenizer(f"model.path: the tokenizer {path!r} cannot be loaded", path, **options)
 
 
 def _sampling(settings: SampleConfig, stop_token_ids: tuple[int, ...]) -> Sampling:

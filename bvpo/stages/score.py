@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from bvpo.command import StageOptions, parse_command
 from bvpo.config import ExperimentConfig, dump_toml
+from bvpo.data.overview import SCORE_COLUMNS, last_scores
 from bvpo.data.scores import ATTEMPT, CONTENT, NO_ANSWER, answer_text, content_key, scorer_id
 from bvpo.experiment import (
     Experiment,
@@ -105,14 +106,6 @@ class Row:
     attempt: int = 0
 
 
-class Earlier(NamedTuple):
-    """The last score of a sample."""
-
-    attempt: int
-    value: float | None
-    content: str | None
-
-
 class _Answer(NamedTuple):
     key: str
     prompt_id: str
@@ -189,7 +182,7 @@ def find_work(
     work = Work(prompts=prompts, samples=samples, needs=needs)
     if needs.rivals:
         work.rivals = _rivals(work)
-    earlier = _earlier(store, scorer_name)
+    earlier = last_scores(store.columns(*SCORE_COLUMNS), scorer_name)
     pending: defaultdict[str, list[Row]] = defaultdict(list)
     for answer in work.answers():
         content, last = work.content(answer), earlier.get(answer.key)
@@ -226,18 +219,6 @@ def _rivals(work: Work) -> dict[tuple[str, View], tuple[str, ...]]:
         if answer.text is not None:
             found[answer.prompt_id, answer.view].add(answer.text)
     return {group: tuple(sorted(texts)) for group, texts in found.items()}
-
-
-def _earlier(store: RecordStore[Score], scorer_name: str) -> dict[str, Earlier]:
-    """Sample key -> its last score by this scorer."""
-    last: dict[str, Earlier] = {}
-    for row in store.columns("sample_key", "scorer", "value", "extra"):
-        if row["scorer"] != scorer_name:
-            continue
-        attempt = int(row["extra"].get(ATTEMPT, 0))
-        if row["sample_key"] not in last or attempt > last[row["sample_key"]].attempt:
-            last[row["sample_key"]] = Earlier(attempt, row["value"], row["extra"].get(CONTENT))
-    return last
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,7 +338,7 @@ def _finish(
     experiment: Experiment, store: RecordStore[Score], name: str, work: Work, report: Report, replies: ReplyStore | None
 ) -> None:
     """Totals over all that was ever scored here; a stage with samples left over is not finished."""
-    last = _earlier(store, name)
+    last = last_scores(store.columns(*SCORE_COLUMNS), name)
     num_scored = sum(score.value is not None for score in last.values())
     num_failed = sum(score.value is None and score.content is not None for score in last.values())
     counts: dict[str, Any] = {"samples": len(last), "scored": num_scored, "failed": num_failed}

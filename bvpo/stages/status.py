@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bvpo.command import ReaderParser, parse_reader
-from bvpo.data.overview import last_scores
+from bvpo.data.overview import SCORE_COLUMNS, last_scores
 from bvpo.data.scores import NO_ANSWER
 from bvpo.evaluation.metrics import MODES
 from bvpo.experiment import Experiment, Manifest, StageEntry, StoreStats
@@ -153,7 +153,7 @@ def score_status(experiment: Experiment, manifest: Manifest) -> StageStatus:
     entry = manifest.stage("score")
     store = experiment.scores()
     stats = store.stats()
-    columns = store.columns("sample_key", "scorer", "value", "error", "extra")
+    columns = store.columns(*SCORE_COLUMNS)
     latest = last_scores(columns, experiment.scorer())
     unscorable = sum(score.error == NO_ANSWER for score in latest.values())
     failed = sum(score.value is None for score in latest.values()) - unscorable

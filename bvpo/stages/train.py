@@ -56,7 +56,7 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
 
 
 class _Stop:
-    """What a signal asks for: an end behind the step at work while steps are taken, at once otherwise. Ctrl-C in ``bvpo run``
+    """What a signal asks for: an end behind the step at work while steps are taken, else at once. Ctrl-C in ``bvpo run``
     reaches its workers twice, as SIGINT and as the SIGTERM that ends them: only the same signal again is impatience."""
 
     trainer: Any = None
@@ -100,6 +100,7 @@ def _run(config: ExperimentConfig, options: StageOptions, experiment: Experiment
     """Everything heavy is imported here, after the config has been checked."""
     from transformers.utils import logging as transformers_logging
 
+    from bvpo.models import load_tokenizer
     from bvpo.training.arguments import arguments_from
     from bvpo.training.estimate import require_fit
 
@@ -113,7 +114,7 @@ def _run(config: ExperimentConfig, options: StageOptions, experiment: Experiment
         custom_format=config.model.custom_format,
     )
     model_config = _load_config(config)
-    tokenizer = _load_tokenizer(config)
+    tokenizer = load_tokenizer(config.model)
     train_tokens, eval_tokens, held_out = _tokens(config, args, tokenizer, model_config)
     estimate = _estimate(config, args, model_config, train_tokens)
     if args.process_index == 0:
@@ -146,7 +147,7 @@ def _estimate(config: ExperimentConfig, args: Any, model_config: Any, tokens: An
     from bvpo.training.estimate import estimate_run
     from bvpo.training.objective import Objective
 
-    objective = Objective(args.loss_config(), args.trace_estimator, args.anchor_config())
+    objective = Objective.of(args)
     lora_rank = config.train.lora.rank if config.train.lora.enabled else None
     held = args.reference == "held" or (objective.needs_kl and lora_rank is None)
     return estimate_run(model_config, tokens, args, lora_rank=lora_rank, needs_held_reference=held)
@@ -251,42 +252,21 @@ def _load(auto_class: Any, config: ExperimentConfig, **kwargs: Any) -> Any:
         )
 
 
-def _load_tokenizer(config: ExperimentConfig) -> Any:
-    """The named tokenizer, or the model's own at the model's revision (chat templates change between revisions)."""
-    from bvpo.models import read_tokenizer
-
-    model = config.model
-    if model.tokenizer:
-        return read_tokenizer(f"tokenizer {model.tokenizer!r} cannot be loaded", model.tokenizer)
-    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    return read_tokenizer(f"model.path: {model.path!r}: its tokenizer cannot be loaded", model.path, **options)
-
-
 def _tokens(config: ExperimentConfig, args: Any, tokenizer: Any, model_config: Any) -> tuple[Any, Any, Any]:
     """Training and held-out quads in tokens, and the held-out quads themselves."""
     from bvpo.formats import resolve_format
-    from bvpo.training.data import load_quads
-    from bvpo.training.tokenizing import TokenSettings, prepare_tokens
+    from bvpo.training.data import load_quads, token_dataset
 
     fmt = resolve_format(tokenizer, config.model.format, config.model.custom_format)
     sets = load_quads(config.data, fmt, seed=config.seed)
     if config.data.eval_fraction and config.train.eval == "no" and not any(True for _ in sets.eval or ()):
         logger.info("held out     no quad: data.eval_fraction is a share of the prompts, and these are few")
         sets = dataclasses.replace(sets, eval=None)
-    settings = TokenSettings(
-        max_length=args.max_length,
-        over_long=args.over_long,
-        score_empty_block=args.score_empty_block,
-        vocab_size=model_config.get_text_config().vocab_size,
-        keep_groups=args.trace_estimator == "traces",
-        answer_only=args.trace_estimator != "joint",
-    )
-    found = []
+    size = model_config.get_text_config().vocab_size
     with args.main_process_first(local=False, desc="tokenising"):
-        for source in (sets.train, sets.eval):
-            target = Path(args.output_dir) / "_tokens"  # transformers uploads nothing that starts so
-            found.append(None if source is None else prepare_tokens(source, tokenizer, fmt, settings, target))
-    return found[0], found[1], sets.eval
+        train = token_dataset(sets.train, tokenizer, size, args, "train")
+        held_out = None if sets.eval is None else token_dataset(sets.eval, tokenizer, size, args, "eval")
+    return train, held_out, sets.eval
 
 
 def _trainer(config: ExperimentConfig, args: Any, tokenizer: Any, train_tokens: Any, eval_tokens: Any) -> Any:

@@ -15,16 +15,16 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from bvpo.config import DataConfig
+from bvpo.config import DataConfig, validate
 from bvpo.data.preferences import JoinedSets, prompt_key
 from bvpo.data.rows import DatasetRows, ListRows, Rows, is_dataset, load_rows
 from bvpo.data.scores import answer_text
 from bvpo.formats import ReasoningFormat, resolve_format
 from bvpo.keys import hash_int
 from bvpo.records import VIEWS, Quad, View
-from bvpo.strict import UserError, from_dict, show, to_dict, to_json
+from bvpo.strict import FieldError, UserError, from_dict, show, to_dict, to_json
 from bvpo.training.tokenizing import TokenSettings, prepare_tokens
 from bvpo.training.tokens import TokenDataset
 
@@ -62,14 +62,10 @@ def load_quads(config: DataConfig, fmt: ReasoningFormat, *, seed: int = 0) -> Qu
     ``eval_fraction`` holds out whole prompts, chosen by a hash of prompt and ``seed``: the choice does not depend on
     the order or the number of quads. ``limit`` keeps the first quads of each set; one with several traces counts once.
     """
-    if config.quads and (config.trace or config.empty):
-        raise UserError("data.quads: cannot be combined with data.trace or data.empty; give one or the other")
-    if config.eval_quads and config.eval_fraction:
-        raise UserError("data.eval_fraction: cannot be combined with data.eval_quads; give one or the other")
-    if not 0 <= config.eval_fraction < 1:
-        raise UserError(f"data.eval_fraction: got {config.eval_fraction}, expected at least 0 and less than 1")
-    if config.limit is not None and config.limit < 1:
-        raise UserError(f"data.limit: got {config.limit}, expected at least 1")
+    try:
+        validate(config)  # one that was built in Python
+    except FieldError as error:
+        raise UserError(f"data.{error.field}: {error.problem.partition(': ')[2]}") from None
     if config.quads:
         source = _quad_rows(load_rows(config.quads, field="data.quads"), config.quads)
     elif config.trace or config.empty:
@@ -133,17 +129,17 @@ class TokenArguments(Protocol):
 def token_dataset(value: Any, tokenizer: Any, vocab_size: int | None, args: TokenArguments, name: str) -> TokenDataset:
     """What a user hands to the trainer as ``{name}_dataset``, in tokens kept under ``output_dir/_tokens``."""
     fmt = resolve_format(tokenizer, args.reasoning_format, args.custom_format)
-    over_long: Literal["drop", "refuse"] = args.over_long
+    quads = quads_from(value, fmt, f"{name}_dataset")
     settings = TokenSettings(
         max_length=args.max_length,
-        over_long=over_long,
+        over_long=args.over_long,
         score_empty_block=args.score_empty_block,
         vocab_size=vocab_size,
         keep_groups=args.trace_estimator == "traces",
         answer_only=args.trace_estimator != "joint",
     )
-    quads = quads_from(value, fmt, f"{name}_dataset")
-    return prepare_tokens(quads, tokenizer, fmt, settings, Path(args.output_dir or ".") / "_tokens")
+    target = Path(args.output_dir or ".") / "_tokens"  # transformers uploads nothing that starts so
+    return prepare_tokens(quads, tokenizer, fmt, settings, target)
 
 
 def split_quads(source: QuadSource, *, fraction: float, seed: int) -> tuple[QuadSource, QuadSource]:

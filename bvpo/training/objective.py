@@ -11,7 +11,7 @@ Index legend: Q quads; branches 0..3 = trace chosen, trace rejected, empty chose
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -67,6 +67,11 @@ class Objective:
                 f"trace_estimator: 'traces' weighs traces by their probability over the reference's, and loss {loss.name!r} "
                 "has no reference; use another loss, or 'joint'"
             )
+
+    @classmethod
+    def of(cls, args: Any, anchor: AnchorConfig | None = None) -> Objective:
+        """That of a trainer's arguments, with their anchor or another."""
+        return cls(args.loss_config(), args.trace_estimator, anchor or args.anchor_config())
 
     @property
     def loss_at_reference(self) -> float | None:

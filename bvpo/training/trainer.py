@@ -95,7 +95,7 @@ class BVPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        self.objective = Objective(args.loss_config(), args.trace_estimator, args.anchor_config())  # type: ignore[arg-type]
+        self.objective = Objective.of(args)
         self.telemetry = Telemetry(args)
         self.alpha_source = alpha_source or self.telemetry.alpha_source()
         processing_class = load_tokenizer(processing_class, model)

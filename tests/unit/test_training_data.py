@@ -365,8 +365,11 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
     ("changes", "words"),
     [
         ({}, "nothing to train on"),
-        ({"quads": "a", "trace": "b"}, "cannot be combined with data.trace"),
-        ({"quads": "a", "eval_quads": "b", "eval_fraction": 0.1}, "cannot be combined with data.eval_quads"),
+        ({"quads": "a", "trace": "b"}, "data.quads: set together with data.trace"),
+        (
+            {"quads": "a", "eval_quads": "b", "eval_fraction": 0.1},
+            "data.eval_fraction: set together with data.eval_quads",
+        ),
         ({"quads": "a", "eval_fraction": 1.0}, "data.eval_fraction: got 1.0"),
         ({"quads": "a", "limit": 0}, "data.limit: got 0"),
     ],

@@ -39,7 +39,7 @@ class Telemetry:
         self._args = args
         self._has_rule = why_biased(args) is None
         # Neither alpha nor the anchor is part of a view's own gradient.
-        self._objective = Objective(args.loss_config(), args.trace_estimator, AnchorConfig())  # type: ignore[arg-type]
+        self._objective = Objective.of(args, AnchorConfig())
         self.online = OnlineAlpha(args.alpha, beta=args.beta)
         self._found: dict[str, float] = {}
         self._is_off = self._has_warned = False
