@@ -43,14 +43,13 @@ def rejected_silence(name: str) -> tuple[Sequence[int], Sequence[int]]:
     """What training scores of a rejected trace that never closed and of a rejected empty answer, from sampled ids on."""
     family, tokenizer, fmt = FAMILIES[name], tokenizer_of(name), format_of(name)
     said = completion_ids(tokenizer, fmt, "trace", family.trace, family.answer, finished=True)
-    close = fmt.find_close(str(tokenizer.decode(said)))
+    close = fmt.find_close(str(tokenizer.decode(list(said))))
     assert close is not None
-    before = max(n for n in range(len(said)) if len(str(tokenizer.decode(said[:n]))) <= close[0])
-    pairs = {}
-    for view, rejected in (
-        ("trace", said[:before]),
-        ("empty", completion_ids(tokenizer, fmt, "empty", None, "", True)),
-    ):
+    before = max(n for n in range(len(said)) if len(str(tokenizer.decode(list(said[:n])))) <= close[0])
+    silence = completion_ids(tokenizer, fmt, "empty", None, "", True)
+    sampled: dict[View, Sequence[int]] = {"trace": said[:before], "empty": silence}
+    pairs: dict[View, Pair] = {}
+    for view, rejected in sampled.items():
         prompt = view_prompt(tokenizer, fmt, EXAMPLE, view)
         chosen = said if view == "trace" else completion_ids(tokenizer, fmt, view, None, family.empty_answer, True)
         pairs[view] = Pair(
@@ -60,7 +59,8 @@ def rejected_silence(name: str) -> tuple[Sequence[int], Sequence[int]]:
             prompt_ids=tuple(prompt.prompt_ids),
             completion_start=prompt.completion_start,
         )
-    found = tokenize_views(Quad(id="q", messages=EXAMPLE, **pairs), tokenizer, fmt, TokenSettings(max_length=500))
+    quad = Quad(id="q", messages=EXAMPLE, trace=pairs["trace"], empty=pairs["empty"])
+    found = tokenize_views(quad, tokenizer, fmt, TokenSettings(max_length=500))
     assert found.quad is not None and not found.drops, found.drops
     trace, empty = found.quad.branches[1], found.quad.branches[3]
     assert trace is not None and empty is not None

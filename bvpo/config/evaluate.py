@@ -80,8 +80,8 @@ class EvaluateConfig:
     max_new_tokens: Annotated[int, at_least(1)] = 8192
     """Longest response in tokens, >= 1; a trace that is cut has no answer."""
     no_answer: Literal["count", "drop"] = "count"
-    """Responses without an answer: 'count' takes what a function says of the empty text, and the lowest score where the
-    scorer is a judge or a reward model; 'drop' leaves them out, and every line then says how many."""
+    """Responses without an answer: 'count' takes what a function or a pointwise judge says of the empty text, and the lowest
+    score where the scorer is another; 'drop' leaves them out, and every line then says how many."""
     benchmarks: dict[str, Any] = field(default_factory=dict)
     """The benchmarks: a table [evaluate.benchmarks.NAME] for each; docs/evaluation.md lists its keys. Engine and scorer are
     those of [sample] and [score]."""

@@ -2,7 +2,8 @@
 
 In: a conversation, the model's final answer and the prompt's metadata, as function scorers get them. Out: 1.0 or 0.0; it
 raises where the reference is no plain number. It compares values, not texts, and reads the last ``\\boxed{}``, which must
-hold a plain number and nothing else, else the last number of the answer. It knows no algebra.
+hold a plain number and nothing else, else the last number of the answer, unless that is a part of a formula. It knows no
+algebra.
 """
 
 from __future__ import annotations
@@ -15,6 +16,20 @@ from typing import Any
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:\s*/\s*\d+)?(?:[eE][-+]?\d{1,3})?(?![\d.]*\d)")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 _UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}\d]*\}$")
+_BOX = re.compile(r"\\f?boxed\s*\{")
+_WRAPPED = re.compile(r"\\(?:text|math)(?:bf|rm|it)?\s*\{([^{}]*)\}")
+_BOLD = re.compile(r"(?<![\d)])\*\*|\*\*(?![\d(])")  # 2**3 is a power
+_GROUPED = re.compile(r"(?<=\d)(?:\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+
+# What makes a number in a sentence a part of a formula. A variable is one letter; "a" and "I" are words.
+_OPERAND = r"(?:\d|(?<![^\W\d_])[b-zB-HJ-Z]|[)\]}²³π])"
+_OPERATOR = r"(?:\*\*|[-+*/^×·÷±<>≤≥≠]|\\(?:cdot|times|div|pm|mp|leq?|geq?|neq?|lt|gt)(?![a-z]))"
+_BEFORE = re.compile(rf"[^\W\d]$|[_^√{{]$|\d:$|\w\($|[(\[][-+\d.,/\s]*,\s*$|{_OPERAND}\s*{_OPERATOR}\s*$")
+_BEFORE_SIGN = re.compile(rf"[^\W_]$|{_OPERAND}\s*$")
+_AFTER = re.compile(
+    rf"[^\W\d_](?![^\W_])|(?:pi|sqrt|sin|cos|tan|log|ln)\b|[_(²³¼½¾√π]|\s*\^"
+    rf"|\s*\\(?!(?:text|mathrm|mbox|quad)\b|[^a-z])|\s*{_OPERATOR}\s*(?:[({{\\]|[b-zB-HJ-Z](?![^\W_]))"
+)
 _REFERENCE_FIELDS = ("reference", "answer", "target", "solution")
 
 
@@ -42,8 +57,8 @@ def reference_number(meta: Mapping[str, Any]) -> Fraction:
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number that a text ends up with: in its last ``\\boxed{}``, else the last one written. A box with more than a
-    number, such as a formula, holds none: its digits say nothing."""
+    """The number that a text ends up with: in its last ``\\boxed{}``, else the last one written. A formula, in a box or at
+    the end of a sentence, is no number: its digits say nothing."""
     boxed = last_boxed(text)
     return _last_number(text) if boxed is None else plain_number(boxed)
 
@@ -59,7 +74,7 @@ def plain_number(text: str) -> Fraction | None:
 
 def last_boxed(text: str) -> str | None:
     """The content of the last closed ``\\boxed{...}``, braces matched."""
-    for start in reversed([match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]):
+    for start in reversed([match.end() for match in _BOX.finditer(text)]):
         depth = 1
         for place in range(start, len(text)):
             depth += {"{": 1, "}": -1}.get(text[place], 0)
@@ -69,16 +84,21 @@ def last_boxed(text: str) -> str | None:
 
 
 def _last_number(text: str) -> Fraction | None:
-    plain = _clean(text)
-    last: Fraction | None = None
-    for match in _NUMBER.finditer(plain):
-        if any(char.isdigit() for char in match[0]):
-            last = _value(match[0]) if _value(match[0]) is not None else last
-    return last
+    """``x = 3`` ends in a number, ``7y + 3`` and ``x > 3`` do not."""
+    plain = _BOLD.sub(" ", _WRAPPED.sub(r" \1 ", _BOX.sub(" ", _clean(text))).replace("\\$", "").replace("$", ""))
+    matches = [match for match in _NUMBER.finditer(plain) if _value(match[0]) is not None]
+    if not matches:
+        return None
+    before, last, after = plain[: matches[-1].start()], matches[-1][0], plain[matches[-1].end() :]
+    signed = last[0] in "-+" and _BEFORE_SIGN.search(before)
+    return None if signed or _BEFORE.search(before) or _AFTER.match(after) else _value(last)
 
 
 def _clean(text: str) -> str:
-    return _FRACTION.sub(_written, text.replace("\\!", "").replace("{,}", ",").replace("−", "-"))
+    """Signs, digits and thousands of typesetting as ASCII has them. Exponents (``²``) are no digits."""
+    text = re.sub(r"[−－﹣]", "-", text.replace("\\!", "").replace("{,}", ","))
+    text = re.sub(r"\d", lambda digit: str(int(digit[0])), text)
+    return _FRACTION.sub(_written, _GROUPED.sub("", text))
 
 
 def _written(match: re.Match[str]) -> str:

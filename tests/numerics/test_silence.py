@@ -17,7 +17,7 @@ from tests.formats_fixtures import format_of, tokenizer_of
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 TOKENIZER, FMT = tokenizer_of("r1-distill"), format_of("r1-distill")
-EOS: int = TOKENIZER.eos_token_id
+EOS = 331  # the fixture's end of sequence
 LAYOUTS = ("tree", "packed", "padded", "single")
 
 
@@ -39,7 +39,7 @@ def pair(ask: str, view: View, chosen: list[int], rejected: list[int]) -> Pair:
     )
 
 
-def quads(answer_only: bool = False, **settings: bool) -> list[TokenQuad]:
+def quads(answer_only: bool = False, score_empty_block: bool = True) -> list[TokenQuad]:
     """Every kind of silence once; where answers alone are scored, only the trace that closed and ended has a pair."""
     said, thought = [*ids_of("I think so"), *CLOSE, *ids_of("Yes."), EOS], ids_of("Hm, is it so or")
     kinds: list[tuple[str, list[int], list[int]]] = [
@@ -48,7 +48,8 @@ def quads(answer_only: bool = False, **settings: bool) -> list[TokenQuad]:
         ("Why?", [*thought, *CLOSE], [EOS]),  # closed, cut
     ]
     made = []
-    limits = TokenSettings(max_length=500, vocab_size=len(TOKENIZER), answer_only=answer_only, **settings)
+    limits = TokenSettings(max_length=500, answer_only=answer_only, score_empty_block=score_empty_block)
+    assert TOKENIZER.eos_token_id == EOS
     for ask, trace, empty in kinds:
         quad = Quad(
             id=ask,
@@ -80,8 +81,8 @@ def logits_of(model, quad: TokenQuad, branch: Branch):
 
 def plain_loss(model, reference, data: list[TokenQuad], estimator: str, anchor: str):
     """Sequence after sequence: .6 of the trace view's mean DPO loss, .4 of the empty view's, and .25 of the anchor's."""
-    losses: dict[int, list] = {0: [], 2: []}
-    anchors = []
+    losses: dict[int, list[torch.Tensor]] = {0: [], 2: []}
+    anchors: list[torch.Tensor] = []
     for quad in data:
         for first, found in losses.items():
             ratios, anchored = [], []
@@ -98,9 +99,9 @@ def plain_loss(model, reference, data: list[TokenQuad], estimator: str, anchor: 
             if ratios:
                 found.append(-torch.nn.functional.logsigmoid(0.3 * (ratios[0] - ratios[1])))
                 if first == 0:
-                    anchors.append(sum(anchored) if anchor == "kl" else anchored[0])
+                    anchors.append(anchored[0] + anchored[1] if anchor == "kl" else anchored[0])
     weight = 0.25 if anchor != "none" else 0.0
-    trace, empty, anchored = (sum(values) / len(values) for values in (losses[0], losses[2], anchors))
+    trace, empty, anchored = (torch.stack(values).mean() for values in (losses[0], losses[2], anchors))
     return 0.6 * trace + 0.4 * empty + weight * anchored
 
 

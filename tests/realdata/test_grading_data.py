@@ -15,13 +15,15 @@ pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"public benchmark dat
 
 @pytest.mark.parametrize(("name", "refused"), [("gsm8k", 0), ("aime24", 0), ("amc23", 0), ("math500", 126)])
 def test_references_are_numbers_or_refused(name: str, refused: int) -> None:
-    """Mutation: formulas of MATH-500 read as their last digits, or a plain number among the references refused."""
+    """Mutation: formulas of MATH-500 read as their last digits, or a plain number among the references refused, in a box or
+    as the end of a sentence."""
     found = 0
     for line in (DATA / name / "test.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         gold = str(row["answer"]).rpartition("####")[2].strip()
         try:
-            assert number([], f"\\boxed{{{gold}}}", {"answer": row["answer"]}) == 1.0, gold
+            for form in ("\\boxed{{{}}}", "The answer is {}.", "so $x = {}$", "**{}** apples", "\\({}\\)"):
+                assert number([], form.format(gold), {"answer": row["answer"]}) == 1.0, (form, gold)
         except ValueError:
             found += 1
     assert found == refused

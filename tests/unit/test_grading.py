@@ -26,7 +26,7 @@ from bvpo.evaluation.grading import final_number, last_boxed, number
         ("2024-10 = 2014", 2014),
         ("no number", None),
         ("\\boxed{12", 12),
-        ("1e99999999999", 99999999999),  # not a number to compute
+        ("1e99999999999", None),  # not a number to compute
         ("", None),
     ],
 )
@@ -79,10 +79,39 @@ def test_never_raises(text: str) -> None:
         ("\\boxed{\u22125}", "-5", 1.0, "the minus sign of typesetting"),
         ("\\boxed{1e3}", "1000", 1.0, "an exponent"),
         ("The answer is 12.", "\\boxed{12}", 1.0, "a full stop ends the sentence"),
+        ("\\boxed{\u0663}", "3", 1.0, "a digit of another script"),
+        ("It is \uff13\u0664.", "34", 1.0, "such digits in a sentence"),
+        ("It is \u22123.", "-3", 1.0, "a minus of typesetting in a sentence"),
+        ("It is \uff0d3.", "-3", 1.0, "a wide minus"),
+        ("It is 10\u202f000.", "10000", 1.0, "thousands set apart by a thin space"),
+        ("It is 3\u00b2.", "3", 0.0, "an exponent is not left out"),
+        ("It is 3\u00b2.", "32", 0.0, "nor read as a digit"),
+        ("7y+3", "3", 0.0, "a formula without a box"),
+        ("The answer is 7y + 3.", "3", 0.0, "a formula with spaces"),
+        ("so $x = 3(y+1)$", "3", 0.0, "a factor"),
+        ("so 3 + x", "3", 0.0, "a sum that ends in a letter"),
+        ("5 - 3", "3", 0.0, "a difference"),
+        ("5-3", "-3", 0.0, "a difference is no sign"),
+        ("It is 2**3", "3", 0.0, "a power"),
+        ("It is 10^2", "2", 0.0, "an exponent"),
+        ("It is \\sqrt{3}", "3", 0.0, "a root"),
+        ("It is 99\\sqrt3", "3", 0.0, "a root in a sentence"),
+        ("It is \\frac{x}{3}", "3", 0.0, "a fraction of a letter"),
+        ("It is 2\\pi", "2", 0.0, "a multiple of a constant"),
+        ("x > 3", "3", 0.0, "an inequality"),
+        ("It is (2, 3)", "3", 0.0, "a pair"),
+        ("f(3)", "3", 0.0, "an argument"),
+        ("x = 3", "3", 1.0, "what a sentence of algebra ends with"),
+        ("It is a **42**", "42", 1.0, "bold, behind an article"),
+        ("10^2 = 100", "100", 1.0, "behind the last equals sign"),
+        ("Step 1 - 5 apples", "5", 0.0, "an ambiguous dash behind a digit"),
+        ("the answer - 5 apples", "5", 1.0, "a dash behind a word"),
+        ("It is 12cm.", "12", 1.0, "a unit"),
+        ("\\(x = \\mathbf{5}\\)", "5", 1.0, "a font"),
     ],
 )
 def test_an_answer_is_a_number_or_it_is_wrong(answer: str, reference: str, expected: float, why: str) -> None:
-    """Mutation: the last digits of a boxed formula taken for its value, or a plain number in another dress refused."""
+    """Mutation: a formula's last digits, boxed or not, taken for its value; a plain number in another dress refused."""
     assert number([], answer, {"reference": reference}) == expected, why
 
 
