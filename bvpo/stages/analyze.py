@@ -144,7 +144,8 @@ def analyze(folder: Path, settings: Settings, limit: int | None = None) -> Analy
     tools = _tools(folder, notes)
     columns = measure(store, tools, _first_prompts(folder, limit))
     if not len(columns.prompt):
-        raise UserError(f"{folder / 'samples'}: no sample belongs to the first {limit} prompts")
+        which = "the prompts" if limit is None else f"the first {limit} prompts"
+        raise UserError(f"{folder / 'samples'}: no sample belongs to {which}")
     for view in VIEWS:
         if not columns.of(view).any():
             notes.append(f"There are no samples of the {view} view, so nothing is compared with it.")
