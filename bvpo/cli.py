@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from contextlib import redirect_stdout
+from typing import Any, TextIO
 
 from bvpo import __version__
-from bvpo.strict import UserError, did_you_mean
+from bvpo.strict import UserError, did_you_mean, visible
 from bvpo.verbs import VERBS, run_words
 
 
@@ -32,11 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] == "--debug":
         words = [*words[1:], "--debug"]  # bvpo --debug VERB is bvpo VERB --debug
     try:
-        return _run(words)
+        with redirect_stdout(_Stdout(sys.stdout)):  # type: ignore[type-var]
+            return _run(words)
     except UserError as error:
         if debug:
             raise
-        sys.stderr.write(f"bvpo: error: {error}\n")
+        sys.stderr.write(_on_one_line(f"bvpo: error: {error}") + "\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("bvpo: interrupted; running the same command again resumes\n")
@@ -61,6 +64,35 @@ def _run(words: list[str]) -> int:
     return run_words(verb, rest)
 
 
+_OWN_COLOR = re.compile(r"(\x1b\[[0-9;]*m)")
+
+
+class _Stdout:
+    """Writes a page of text out with nothing in it that moves the cursor or turns letters round, colours excepted."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        parts = _OWN_COLOR.split(text)
+        self._stream.write("".join(part if i % 2 else visible(part) for i, part in enumerate(parts)))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class Visible(logging.Formatter):
+    """The message, with what names of prompts, servers and templates would do to a terminal written out."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def _on_one_line(text: str) -> str:
+    return visible(text).replace("\n", "\\n")
+
+
 class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes to whatever stderr is at the time, which others may redirect."""
 
@@ -77,7 +109,7 @@ def _log_to_stderr() -> None:
     logger = logging.getLogger("bvpo")
     if not logger.handlers:
         handler = _Stderr()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(Visible("%(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import types
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
@@ -50,6 +51,27 @@ def _public(word: str) -> str:
         return f"{start}//{rest}"
     name, at, host = word.rpartition("@")
     return f"***@{host}" if at and ":" in name else word
+
+
+# What reorders text on screen, so that it reads otherwise than it is.
+_DIRECTION = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_KEPT = frozenset("\n\t")
+
+
+def visible(text: str) -> str:
+    """The text with every character that a terminal or browser would act on, instead of showing it, written out."""
+    if text.isprintable():
+        return text
+    return "".join(_shown(char) for char in text)
+
+
+def _shown(char: str) -> str:
+    if char in _KEPT or char.isprintable():
+        return char
+    category = unicodedata.category(char)
+    if char in _DIRECTION or category in ("Cc", "Cs", "Cn", "Co"):
+        return f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}"
+    return char  # separators and joiners that only look unprintable
 
 
 class UserError(ValueError):

@@ -82,9 +82,16 @@ def select_pairs(
     if drop is not None:
         return Selection(drop=drop)
     ranked = [*sorted(_distinct(scored), key=_preference(config.ties)), *last]
-    proposed = STRATEGIES[config.strategy](ranked, name, seed)
-    decided = [c for c in proposed if config.ties != "drop" or c.margin is None or c.margin > 0]
-    kept = [c for c in decided if c.margin is None or c.margin >= config.min_margin]
+
+    def is_decided(pair: Choice) -> bool:
+        return config.ties != "drop" or pair.margin is None or pair.margin > 0
+
+    def is_wanted(pair: Choice) -> bool:
+        return is_decided(pair) and (pair.margin is None or pair.margin >= config.min_margin)
+
+    proposed = STRATEGIES[config.strategy](ranked, name, seed, is_wanted)
+    decided = [pair for pair in proposed if is_decided(pair)]
+    kept = [pair for pair in decided if is_wanted(pair)]
     if not kept:
         return Selection(drop="below_margin" if decided else "tie")
     most = len(kept) if config.max_pairs is None else config.max_pairs
@@ -146,24 +153,27 @@ def _value(candidate: Candidate) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# strategies: (distinct candidates, best first; name of the prompt; seed) -> proposed pairs, the most wanted first
+# strategies: (distinct candidates, best first; name of the prompt; seed; which pairs are wanted) -> proposed pairs, the
+# most wanted first; they may hold pairs that are not wanted, which are left out and are the reason if none is left
 
-Strategy = Callable[[Sequence[Candidate], str, int], list[Choice]]
+Wanted = Callable[[Choice], bool]
+Strategy = Callable[[Sequence[Candidate], str, int, Wanted], list[Choice]]
 
 
-def best_worst(ranked: Sequence[Candidate], name: str, seed: int) -> list[Choice]:
+def best_worst(ranked: Sequence[Candidate], name: str, seed: int, is_wanted: Wanted) -> list[Choice]:
     """The highest and the lowest score: the choice of the BVPO paper."""
     return [Choice(chosen=ranked[0], rejected=ranked[-1])]
 
 
-def top_vs_random(ranked: Sequence[Candidate], name: str, seed: int) -> list[Choice]:
-    """The highest score against one of the others, drawn by a hash of seed and prompt: no order, no random state."""
-    others = sorted(ranked[1:], key=lambda c: (c.index, c.key))
-    drawn = others[hash_int(f"{seed}:{name}", "top-vs-random") % len(others)]
-    return [Choice(chosen=ranked[0], rejected=drawn)]
+def top_vs_random(ranked: Sequence[Candidate], name: str, seed: int, is_wanted: Wanted) -> list[Choice]:
+    """The highest score against one of the others that it beats by enough, drawn by a hash of seed and prompt: no order, no
+    random state. Where it beats none, the draw is among all, and says why there is no pair."""
+    pairs = [Choice(chosen=ranked[0], rejected=c) for c in sorted(ranked[1:], key=lambda c: (c.index, c.key))]
+    pairs = [pair for pair in pairs if is_wanted(pair)] or pairs
+    return [pairs[hash_int(f"{seed}:{name}", "top-vs-random") % len(pairs)]]
 
 
-def all_pairs(ranked: Sequence[Candidate], name: str, seed: int) -> list[Choice]:
+def all_pairs(ranked: Sequence[Candidate], name: str, seed: int, is_wanted: Wanted) -> list[Choice]:
     """Every two of them, the widest margins first. An answer meets silence behind the pair in which it meets the lowest
     score, so that ``max_pairs`` does not keep silence alone."""
     pairs = [Choice(chosen=a, rejected=b) for a, b in itertools.combinations(ranked, 2)]

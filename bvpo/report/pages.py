@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import unicodedata
 from functools import cache
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-# What reorders text on screen, so that it reads otherwise than it is.
-_DIRECTION = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-_KEPT = frozenset("\n\t")
+from bvpo.strict import visible
 
 
 def render_page(template: str, **values: Any) -> str:
@@ -32,22 +29,6 @@ def render_page(template: str, **values: Any) -> str:
         script=Markup(script),
         script_source=Markup(f"'sha256-{digest}'" if script else "'none'"),
     )
-
-
-def visible(text: str) -> str:
-    """The text with every character that a terminal or browser would act on, instead of showing it, written out."""
-    if text.isprintable():
-        return text
-    return "".join(_shown(char) for char in text)
-
-
-def _shown(char: str) -> str:
-    if char in _KEPT or char.isprintable():
-        return char
-    category = unicodedata.category(char)
-    if char in _DIRECTION or category in ("Cc", "Cs", "Cn", "Co"):
-        return f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}"
-    return char  # separators and joiners that only look unprintable
 
 
 def clip(text: str, most: int) -> tuple[str, int, str]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Literal
 
-from bvpo.report.pages import visible
+from bvpo.strict import visible
 
 Tone = Literal["plain", "bold", "dim", "good", "bad", "title"]
 

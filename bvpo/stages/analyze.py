@@ -160,7 +160,8 @@ def analyze(
         store, tools, _first_prompts(experiment, limit), Marker(experiment.folder) if with_marker else None
     )
     if not len(columns.prompt):
-        raise UserError(f"{store.folder}: no sample belongs to the first {limit} prompts")
+        which = "the prompts" if limit is None else f"the first {limit} prompts"
+        raise UserError(f"{store.folder}: no sample belongs to {which}")
     for view in VIEWS:
         if not columns.of(view).any():
             notes.append(f"There are no samples of the {view} view, so nothing is compared with it.")

@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int | None:
         )
     if words.json:
         data = {"a": str(a.folder), "b": str(b.folder), "comparisons": [asdict(row) for row in rows], "notes": notes}
-        sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(data, indent=1, allow_nan=False) + "\n")
     else:
         sys.stdout.write("\n".join(text_lines(told)) + "\n")
     if page is not None:

@@ -6,7 +6,9 @@ about it, trace and answer apart; with ``--html`` it writes a self-contained pag
 
 from __future__ import annotations
 
+import argparse
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -57,9 +59,23 @@ def _parser() -> ReaderParser:
     )
     parser.add_argument("--html", metavar="OUT.html", help="write a page instead")
     parser.add_argument(
-        "--max-mb", type=float, default=10.0, metavar="X", help="bound of the page's size; not all prompts may fit (10)"
+        "--max-mb",
+        type=_megabytes,
+        default=10.0,
+        metavar="X",
+        help="bound of the page's size; not all prompts may fit (10)",
     )
     return parser
+
+
+def _megabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
+    return value
 
 
 def _print(lines: Iterator[str]) -> None:
@@ -255,8 +271,6 @@ def _pair_text(experiment: Opened, note: PromptNote, view: View) -> str:
 
 def write_page(experiment: Opened, target: Path, *, budget: int, only: str | None = None) -> None:
     """A page of all prompts that fit, or of one."""
-    if budget <= 0:
-        raise UserError(f"--max-mb: got {budget / 1e6:g}, expected a number above 0")
     if not target.parent.is_dir():
         raise UserError(f"{target.parent}: no such folder")
     notes = list(experiment.notes.values()) if only is None else [find_prompt(experiment, only)]

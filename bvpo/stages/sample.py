@@ -106,7 +106,20 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
         work.writer = stack.enter_context(store.open_writer())
         work.failures = stack.enter_context(failed.open_writer())
         report = draw_samples(work, engine)
-    _finish(experiment, config.sample, len(everything), plan.num_shared, report)
+        num_shared = plan.num_shared
+        if len(prompts) < len(everything):  # prompts of other parts, too, may read the same tokens as an earlier one
+            num_shared = _count_shared(everything, tokenizer, spec, config.sample)
+    _finish(experiment, config.sample, len(everything), num_shared, report)
+
+
+def _count_shared(prompts: Sequence[Prompt], tokenizer: Any, spec: SampleSpec, settings: SampleConfig) -> int:
+    """Samples that no part draws, because an earlier prompt of any part reads the same tokens."""
+
+    def there(key: str) -> bool:
+        return True
+
+    options = {"views": settings.views, "num_samples": settings.num_samples, "is_done": there, "has_failed": there}
+    return plan_samples(prompts, tokenizer, spec, **options).num_shared
 
 
 def fingerprint(config: ExperimentConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 import shutil
 import statistics
@@ -25,11 +26,10 @@ from bvpo.evaluation.viewstats import Settings
 from bvpo.experiment import Experiment as Folder
 from bvpo.experiment import RecordStore
 from bvpo.formats import answer_offset, get_format
-from bvpo.records import VIEWS, Quad, Sample, Score, View
-from bvpo.report.pages import visible
+from bvpo.records import VIEWS, Message, Prompt, Quad, Sample, Score, View
 from bvpo.report.terminal import Terminal
 from bvpo.stages import analyze as stage
-from bvpo.strict import read_jsonl
+from bvpo.strict import read_jsonl, visible, write_jsonl
 
 ATTACK = "<script>document.title='owned'</script><img src=http://evil.example/x onerror=alert(1)>\x1b[31mred\u202e"
 
@@ -206,6 +206,13 @@ def test_status_says_when_pairs_are_old(copied: Path, out: Callable[..., str]) -
         (["inspect", "FOLDER", "zzz"], "no prompt 'zzz'"),
         (["inspect", "FOLDER", "--html", "nowhere/o.html"], "nowhere: no such folder"),
         (["inspect", "FOLDER", "--html", "o.html", "--max-mb", "0.001"], "hold not even one of the prompts"),
+        (
+            ["inspect", "FOLDER", "--html", "o.html", "--max-mb", "nan"],
+            "argument --max-mb: got 'nan', expected a number above 0",
+        ),
+        (["inspect", "FOLDER", "\x1b]0;own\x07\u202e\x9bzzz\n"], r"no prompt '\x1b]0;own\x07\u202e\x9bzzz\n'"),
+        (["status", "no\x1b]0;own\x07\u202e\x9bwhere\n"], r"no\x1b]0;own\x07\u202e\x9bwhere\n: no such folder"),
+        (["status", "FOLDER", "--\x1b]0;own\u202e"], r"unrecognized arguments: --\x1b]0;own\u202e"),
         (["analyze", "FOLDER", "--resamples", "x"], "argument --resamples: got 'x'"),
     ],
 )
@@ -225,6 +232,22 @@ def test_nothing_to_see(verb: str, tmp_path: Path, out: Callable[..., str]) -> N
 
 
 # ------------------------------------------------------------------------------------------------ inspect, terminal
+
+
+def test_nothing_of_an_experiment_acts_on_the_terminal(
+    copied: Path, out: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompt ids, roles and log messages with control and direction characters. Mutation: writing a page or a message
+    as it is; cleaning away line breaks or our own colours."""
+    evil = "\x1b]0;own\x07\u202e\x9b2J"
+    prompts = list(read_jsonl(copied / "prompts.jsonl", Prompt))
+    messages = (Message(role="user" + evil, content="Hi"),)
+    write_jsonl(copied / "prompts.jsonl", [Prompt(id=evil, messages=messages, split="s" + evil), *prompts])
+    text = out("inspect", copied, "--limit", "1") + out("inspect", copied, evil)
+    assert text.count(r"\x1b]0;own\x07\u202e\x9b2J") >= 3 and text.count("\n") > 4
+    assert not set("\x1b\x07\x9b\u202e") & set(text)
+    logging.getLogger("bvpo.test").warning("the template says %s\nsecond line", evil)
+    assert capsys.readouterr().err == "the template says \\x1b]0;own\\x07\\u202e\\x9b2J\nsecond line\n"
 
 
 def test_inspect_lists_prompts(whole: Experiment, out: Callable[..., str]) -> None:

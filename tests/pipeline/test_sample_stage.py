@@ -183,6 +183,19 @@ def test_parts_on_several_machines(make: Any) -> None:
     assert entry is not None and entry.finished is not None and entry.counts["samples"] == 48
 
 
+def test_parts_finish_where_prompts_of_other_parts_are_the_same(make: Any, said: Any) -> None:
+    """Mutation: counting shared prompts of this part alone: something would be left for ever."""
+    experiment = make()
+    path = experiment.folder / "prompts.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    twins = [{**row, "id": f"twin-{number}"} for number, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *twins]))
+    for number in range(3):
+        assert experiment.run("sample", "--sample.shard", f"{number}/3") == 0
+    entry = read_manifest(experiment.folder).stage("sample")
+    assert entry is not None and entry.finished is not None and "24 samples" in said()
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 
 

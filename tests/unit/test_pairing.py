@@ -204,6 +204,17 @@ def test_top_vs_random_draws_every_other_one_and_repeats_itself() -> None:
     assert again != [keys(pick(rows, config, name=f"p{i}", seed=2)) for i in range(50)]
 
 
+def test_top_vs_random_draws_among_what_the_top_beats() -> None:
+    """Mutation: a draw among all others, which drops half of these prompts as ties though two answers score lower."""
+    rows = make(("a", 1.0), ("b", 1.0), ("c", 1.0), ("d", 0.0), ("e", 0.5))
+    drawn = [pick(rows, PairConfig(strategy="top_vs_random"), name=f"p{i}") for i in range(60)]
+    assert {keys(selection)[0] for selection in drawn} == {("k0", "k3"), ("k0", "k4")}
+    wide = [pick(rows, PairConfig(strategy="top_vs_random", min_margin=0.75), name=f"p{i}") for i in range(20)]
+    assert {keys(selection)[0] for selection in wide} == {("k0", "k3")}
+    assert pick(rows[:3], PairConfig(strategy="top_vs_random")).drop == "tie"
+    assert pick(rows, PairConfig(strategy="top_vs_random", min_margin=2.0)).drop in ("below_margin", "tie")
+
+
 def test_further_traces_of_the_same_answers() -> None:
     """Mutations: another answer's trace; the first sample twice; order of storage; more than asked for; the longer side's
     number; a sample without a score."""
