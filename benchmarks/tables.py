@@ -35,9 +35,9 @@ class NoResults(Exception):
 
 
 @cache
-def newest(kind: str) -> dict[str, Any]:
-    """The newest file of a kind, and its name as ``file``."""
-    files = sorted(RESULTS.glob(f"{kind}-????-??-??.json"))
+def newest(kind: str, having: str = "") -> dict[str, Any]:
+    """The newest file of a kind (that mentions ``having``, where a run may be of parts), and its name as ``file``."""
+    files = [path for path in sorted(RESULTS.glob(f"{kind}-????-??-??.json")) if having in path.read_text()]
     if not files:
         raise NoResults(kind)
     return json.loads(files[-1].read_text()) | {"file": files[-1].name}
@@ -164,9 +164,11 @@ def sampling_parts() -> str:
 
 
 def kills() -> str:
-    record = newest("kill")
+    record = newest("kill", having="records_per_round")
     rows = []
     for name, row in record["campaigns"].items():
+        if "records_per_round" not in row:  # training has none
+            continue
         during = row["when"].get("with some records stored", 0)
         wrong = sum(row[fault] for fault in ("lost", "invented", "changed", "duplicates_on_disk", "damaged"))
         worst = f"{row['largest_difference']:.1e}" if row["largest_difference"] else "0"
