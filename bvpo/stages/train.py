@@ -56,17 +56,18 @@ def run(config: ExperimentConfig, options: StageOptions) -> None:
 
 
 class _Stop:
-    """What a signal asks for: an end behind the step at work while steps are taken, else at once. Ctrl-C in ``bvpo run``
-    reaches its workers twice, as SIGINT and as the SIGTERM that ends them: only the same signal again is impatience."""
+    """What a signal asks for: an end behind the step at work while steps are taken, at once otherwise. Ctrl-C in ``bvpo
+    run`` reaches a worker twice, as SIGINT and as the SIGTERM that ends it: only the same signal again is impatience."""
 
     trainer: Any = None
     number = 0
 
     def __call__(self, number: int, frame: Any) -> None:
         name = signal.Signals(number).name
-        if self.number and number != self.number and self.trainer.takes_steps:
+        takes_steps = self.trainer is not None and self.trainer.takes_steps
+        if takes_steps and self.number and number != self.number:
             return
-        if self.trainer is not None and self.trainer.takes_steps and not self.number:
+        if takes_steps and not self.number:
             self.number, self.trainer.stop_asked = number, True
             os.write(2, f"{name}: ending after this step, with a checkpoint\n".encode())  # a handler must not log
             return
