@@ -3,7 +3,7 @@
 # make test    the whole test suite
 # make check   what CI runs: format, lint, types, layers, docs, tests
 # make bench   the trainer against its peer, on this machine
-# make prove   every long demonstration; one of them: prove-kill, prove-vignette, prove-store, prove-sampling, prove-lab, prove-parity
+# make prove   every long demonstration; one of them: prove-kill, prove-vignette, prove-store, prove-sampling, prove-lab, prove-parity, prove-fuzz
 
 # The first interpreter of 3.11 or newer; PYTHON=... chooses another.
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,$(shell \
@@ -16,7 +16,7 @@ STAMP := $(VENV)/.built
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help build vignette test check format lint types layers docs bench prove prove-kill prove-vignette prove-store prove-sampling prove-lab prove-parity
+.PHONY: help build vignette test check format lint types layers docs bench prove prove-kill prove-vignette prove-store prove-sampling prove-lab prove-parity prove-fuzz
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -64,7 +64,7 @@ bench: build
 	$(PY) benchmarks/trainer.py
 
 # Each writes a dated file below benchmarks/results; `benchmarks/tables.py` then writes docs/performance.md from them.
-prove: prove-kill prove-vignette prove-store prove-sampling prove-lab prove-parity bench
+prove: prove-kill prove-vignette prove-store prove-sampling prove-lab prove-parity prove-fuzz bench
 
 prove-kill: build
 	$(PY) benchmarks/kill_test.py --times 60
@@ -84,3 +84,7 @@ prove-lab: build
 # Every causal-LM family of the installed transformers; also writes docs/architectures.md.
 prove-parity: build
 	$(PY) benchmarks/parity.py
+
+# Damaged inputs of every kind: each is taken, or refused in one line.
+prove-fuzz: build
+	$(PY) benchmarks/fuzz.py

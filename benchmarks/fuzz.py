@@ -343,7 +343,7 @@ def templates(chance: Chance, home: Path) -> Outcome:
     whole = tokenizer.chat_template
     # the real limits take seconds for each template that loops: one in a hundred has them
     real = chance.random() < 0.01
-    rendering.MAX_TEMPLATE_STEPS, rendering.MAX_TEMPLATE_SECONDS = (10_000_000, 20.0) if real else (100_000, 1.0)
+    rendering.MAX_TEMPLATE_STEPS, rendering.MAX_TEMPLATE_SECONDS = (10_000_000, 10.0) if real else (100_000, 1.0)
     try:
         tokenizer.chat_template = damaged_template(chance, whole)
         turns = [Message(role="user", content=text) for text in ("Why?", "<think> and \x1b why?")]

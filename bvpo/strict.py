@@ -434,18 +434,18 @@ def parse_json(text: str, where: str = "") -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"{prefix}not valid JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
-        raise UserError(f"{prefix}nested more than {MAX_DEPTH} deep") from None
+        raise UserError(f"{prefix}nested too deeply (more than {MAX_DEPTH})") from None
     except ValueError:  # of int(), the one other thing that the parser calls
         raise UserError(f"{prefix}an integer of more than {sys.get_int_max_str_digits()} digits") from None
     if text.count("[") + text.count("{") > MAX_DEPTH and is_deep(value):
-        raise UserError(f"{prefix}nested more than {MAX_DEPTH} deep")
+        raise UserError(f"{prefix}nested too deeply (more than {MAX_DEPTH})")
     return value
 
 
 def is_deep(value: Any) -> bool:
     """Whether lists and objects lie more than :data:`MAX_DEPTH` deep within one another."""
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         nodes = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list)))
         level = [item for items in nodes for item in items if isinstance(item, (dict, list))]
         if not level:

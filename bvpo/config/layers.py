@@ -108,11 +108,11 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
         where, problem = (f"{where}:{line[1]}", message[: line.start()]) if line else (where, message)
         raise UserError(f"{where}: not valid TOML: {problem}") from None
     except RecursionError:
-        raise UserError(f"{where}: nested more than {MAX_DEPTH} deep") from None
+        raise UserError(f"{where}: nested too deeply (more than {MAX_DEPTH})") from None
     except ValueError as error:  # of int() and of dates
         raise UserError(f"{where}: not valid TOML: {error}") from None
     if is_deep(table):
-        raise UserError(f"{where}: nested more than {MAX_DEPTH} deep")
+        raise UserError(f"{where}: nested too deeply (more than {MAX_DEPTH})")
     if _has_huge_integer(table):
         raise UserError(f"{where}: an integer of more than {_MAX_BITS} bits")
     return table

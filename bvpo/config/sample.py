@@ -18,13 +18,15 @@ _ENGINE_OPTIONS_FROM_ELSEWHERE = {
 
 
 def _is_shard(text: str) -> bool:
+    """Or nothing."""
     part, slash, parts = text.partition("/")
-    return bool(slash) and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)
+    numbers = part.isdecimal() and parts.isdecimal() and len(text) < 20
+    return not text or (bool(slash) and numbers and int(part) < int(parts))
 
 
 # Here, because a function inside an annotation cannot see the module's names.
 _ADDRESSES = Range(lambda v: all(map(is_address, v)), f"for each server {ADDRESS}")
-_SHARD = Range(lambda v: not v or _is_shard(v), "a part such as 0/4, from 0/4 to 3/4")
+_SHARD = Range(_is_shard, "a part such as 0/4, from 0/4 to 3/4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from bvpo.strict import UserError
 
 PROMPT_DATE = date(2025, 1, 1)
 MAX_TEMPLATE_STEPS = 10_000_000  # lines of template code and calls; a long conversation takes some ten thousand
-MAX_TEMPLATE_SECONDS = 20.0  # of the processor, for what takes its time inside of one line, such as 9 ** 9 ** 9
+MAX_TEMPLATE_SECONDS = 10.0  # of the processor, for what takes its time inside of one line, such as 9 ** 9 ** 9
 MAX_RENDERED = 10_000_000  # characters of a prompt beyond a hundred for each of the conversation's
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 

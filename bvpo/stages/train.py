@@ -26,7 +26,7 @@ from bvpo.config import ExperimentConfig, dump_toml
 from bvpo.experiment import Experiment, require_as_paired
 from bvpo.files import folder_lock, hash_file, make_folder, sync_file, sync_folder, write_atomically
 from bvpo.records import VIEWS
-from bvpo.strict import UserError, parse_json, write_jsonl
+from bvpo.strict import UserError, read_json, write_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ def _is_done(experiment: Experiment, trainer: Any, eval_tokens: Any) -> bool:
         summary = experiment.summary
         if entry is None or entry.finished is None or not summary.is_file() or not experiment.final.is_dir():
             return ""
-        found = parse_json(summary.read_text(encoding="utf-8"), str(summary))
+        found = read_json(summary)
         held_out = None if eval_tokens is None else eval_tokens.fingerprint
         return str(found.get("optimizer_steps", "")) if found.get("held_out") == held_out else ""
 
@@ -342,7 +342,7 @@ def _write_held_out(trainer: Any, experiment: Experiment, tokens: Any, quads: An
             path.unlink(missing_ok=True)
         return
     if checkpoint and checkpoint.endswith(f"-{steps}") and path.is_file() and summary.is_file():
-        before = parse_json(summary.read_text(encoding="utf-8"), str(summary))
+        before = read_json(summary)
         if before.get("held_out") == tokens.fingerprint and before.get("optimizer_steps") == steps:
             return
     margins = trainer.held_out_margins()

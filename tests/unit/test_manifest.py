@@ -91,7 +91,9 @@ def test_processes_that_start_at_once_lose_nothing(tmp_path: Path) -> None:
     [
         ("{", "manifest.json: not valid JSON"),
         ('{"schema": 99}', "field 'schema': got 99, expected 1"),
-        ("[]", "field 'schema': got None"),
+        ("[]", r"got \[\] \(list\), expected an object"),
+        ("\ufeff{}" + "x", "not valid JSON"),
+        ('{"schema": 1, "created": "", "stages": {"sample": 3}}', "field 'stages.sample': got 3"),
         ('{"schema": 1, "created": "", "stages": {"sample": {"started": ""}}}', "missing field 'config'"),
     ],
 )
