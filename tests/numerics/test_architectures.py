@@ -144,7 +144,9 @@ EXPERTS = MOE | {"num_experts": 4, "shared_expert_intermediate_size": 16}
 
 
 INDEXED = (
-    GROUPED | MLA | {"num_key_value_heads": 4, "head_dim": 4, "index_head_dim": 8, "index_n_heads": 1, "index_topk": 24}
+    GROUPED
+    | MLA
+    | {"num_key_value_heads": 4, "head_dim": 4, "index_head_dim": 8, "index_n_heads": 32, "index_topk": 24}
 )
 LIMIT = {"dynamic": 24, "longrope": 96}
 # Class stem and variant -> settings, the layout within a limit, and past it.
@@ -154,7 +156,7 @@ LIMITED: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "Llama4": (MOE | {"num_local_experts": 4, "num_experts_per_tok": 1, "attention_chunk_size": 30}, 30, "tree", "padded"),
     "Qwen2": (WINDOWED, 30, "tree", "tree"),
     "Gemma3": ({"sliding_window": 30, "layer_types": ["sliding_attention", "full_attention"]}, 30, "tree", "tree"),
-    "DeepseekV32": (INDEXED, 24, "padded", "single"),  # of equal scores the width of a row decides
+    "DeepseekV32": (INDEXED, 24, "padded", "single"),  # no tie here, and not for a trial to find
     **{f"Llama {rope}": ({"rope_parameters": ROPES[rope], "max_position_embeddings": LIMIT[rope]}, 24, "tree", "single")
        for rope in ROPES},
     **{f"Phi3 {rope}": ({"rope_parameters": ROPES[rope], "max_position_embeddings": LIMIT[rope],
