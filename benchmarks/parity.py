@@ -61,7 +61,7 @@ def build(name: str) -> Any:
     """A small model of the family, in float32, without dropout, sharp enough to show a leak."""
     import torch
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from bvpo.training.miniature import sharpen
@@ -188,16 +188,16 @@ def _step(model: Any, sums: Any) -> tuple[float, dict[str, Any]]:
 
 
 def plain_step(model: Any, quads: Any) -> tuple[float, dict[str, Any]]:
-    """Sequences one at a time, through the model's own call, without any of our code but the forgetting of dynamic rope."""
+    """Sequences one at a time, through the model's own call, without any of our code; dynamic rope starts afresh."""
     import numpy as np
     import torch
 
-    from bvpo.training import policy
-
+    ropes = {n: copy.deepcopy(m) for n, m in model.named_modules() if hasattr(m, "original_max_seq_len")}
     rows = []
     for quad in quads:
         for branch in quad.branches:
-            policy._forget_lengths(model)
+            for name, fresh in ropes.items():
+                model.set_submodule(name, copy.deepcopy(fresh))
             row = torch.tensor(np.concatenate([quad.prefix_ids, branch.ids]).astype(np.int64))[None]
             logps = torch.log_softmax(model(input_ids=row, use_cache=False).logits[0, :-1].float(), -1)
             rows.append(logps.gather(1, row[0, 1:, None])[len(quad.prefix_ids) - 1 :, 0].sum())

@@ -13,6 +13,8 @@ from training_fixtures import (
     use_exact_norms,
 )
 
+from bvpo.strict import UserError
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 RAGGED = random_quads(8, seed=3, ragged_views=True, tails=True)
@@ -45,6 +47,19 @@ def test_tree_packed_and_padded_agree(tmp_path, family):
     assert all(result[2].layout == name for name, result in results.items())
     assert_same(results["padded"], results["tree"])
     assert_same(results["padded"], results["packed"])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_single_is_a_step_too(tmp_path, family, monkeypatch):
+    """With a cached reference, in micro-batches. Mutations: its tokens counted as the tree's; a rank that runs another
+    number of forwards than its peers let into sharded training."""
+    one = gradients(tmp_path / "padded", family=family, layout="padded")
+    other = gradients(tmp_path / "single", family=family, layout="single", tokens_per_micro_batch=100)
+    assert len(other[2]._train_steps[0]["step"].micro_batches) > 2
+    assert_same(one, other)
+    monkeypatch.setattr("bvpo.training.trainer.is_launched_sharded", lambda: True)
+    with pytest.raises(UserError, match="this model cannot be sharded"):
+        make_trainer(tmp_path / "sharded", tiny_causal_lm(family), RAGGED, layout="single")
 
 
 def test_gemma2_soft_caps_agree_in_float32(tmp_path):

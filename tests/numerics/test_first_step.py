@@ -63,6 +63,19 @@ def test_noise_is_off_unless_asked_for(tmp_path: Path, family: str) -> None:
     assert abs(loud["trace/rewards/margins"]) > 1e-3
 
 
+def test_rope_of_its_own_length_agrees_with_the_reference(tmp_path: Path) -> None:
+    """Margins of the first step are 0 although the reference pass groups quads otherwise. Mutation: the frequencies of a
+    longer sequence, in the row or before it, reach a shorter one."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    config = transformers.LlamaConfig(**SIZES, rope_parameters=rope, max_position_embeddings=12)
+    torch.manual_seed(0)
+    trainer = make_trainer(tmp_path, transformers.LlamaForCausalLM(config), QUADS, max_steps=1, logging_steps=1)
+    assert trainer.layout == "single"
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert [logs[f"{view}/rewards/margins"] for view in ("trace", "empty")] == pytest.approx([0, 0], abs=1e-6)
+
+
 def test_an_adapter_keeps_its_dropout(tmp_path: Path) -> None:
     """Mutation: every module silenced; peft's setting would be read and not followed."""
     from peft import LoraConfig, get_peft_model
