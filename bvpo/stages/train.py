@@ -64,11 +64,12 @@ class _Stop:
 
     def __call__(self, number: int, frame: Any) -> None:
         name = signal.Signals(number).name
-        takes_steps = self.trainer is not None and self.trainer.takes_steps
+        trainer = self.trainer
+        takes_steps = trainer is not None and trainer.takes_steps
         if takes_steps and self.number and number != self.number:
             return
-        if takes_steps and not self.number:
-            self.number, self.trainer.stop_asked = number, True
+        if trainer is not None and takes_steps and not self.number:
+            self.number, trainer.stop_asked = number, True
             os.write(2, f"{name}: ending after this step, with a checkpoint\n".encode())  # a handler must not log
             return
         self.number = number
