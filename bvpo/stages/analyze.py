@@ -156,9 +156,7 @@ def analyze(
         raise UserError(f"{store.folder}: no samples to analyze; sample first")
     notes: list[str] = []
     tools = _tools(experiment, notes)
-    columns = measure(
-        store, tools, _first_prompts(experiment, limit), Marker(experiment.folder) if with_marker else None
-    )
+    columns = measure(store, tools, _first_prompts(experiment, limit), Marker(experiment) if with_marker else None)
     if not len(columns.prompt):
         which = "the prompts" if limit is None else f"the first {limit} prompts"
         raise UserError(f"{store.folder}: no sample belongs to {which}")
@@ -248,10 +246,10 @@ def measure(
 class Marker:
     """Log-probability of the tokens that end a prompt and that training scores: the empty view's forced closing marker."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, experiment: Experiment) -> None:
         from bvpo.models import ModelSource, load_model, plan_model
 
-        config = load_config(folder / "config.toml").model
+        config = load_config(experiment.config_file).model
         names = ("path", "revision", "tokenizer", "trust_remote_code")
         self._model, _ = load_model(plan_model(ModelSource(**{name: getattr(config, name) for name in names})))
         self._known: dict[tuple[int, ...], float] = {}

@@ -237,7 +237,7 @@ def _score_silence(
     """Metric -> sample key -> what its scorer says of the empty text. A judge is asked once per prompt, and its replies are
     kept beside those about answers."""
     asked = [metric for metric in benchmark.metrics if benchmark.without_answer(metric) == "scored"]
-    replies = ReplyStore(Path(benchmark.config.score.judge.cache or benchmark.folder / "judge"))
+    replies = ReplyStore(Path(benchmark.config.score.judge.cache or Experiment(benchmark.folder).judge_folder))
     with closing(replies):
         return {
             metric: _judge_more(benchmark.scorer_of(metric, replies), prompts, rows, silence=True) for metric in asked

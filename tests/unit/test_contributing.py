@@ -115,7 +115,7 @@ def test_adding_a_format() -> None:
     from tests.formats_doc import family_table, golden_lines
 
     run_section("Add a reasoning format", {}, num_blocks=3)
-    (trace, empty, unscored) = golden_lines("acme")
+    trace, empty, unscored, *_ = golden_lines("acme")
     assert "║ I" in trace and "║ </reason>" in empty and "║ Yes" in unscored
     assert "| `acme` | Acme-7B-Reasoner |" in family_table()
 

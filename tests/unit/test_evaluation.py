@@ -33,6 +33,7 @@ from bvpo.evaluation.metrics import (
     share_lowest,
     summarize,
 )
+from bvpo.experiment import Experiment
 from bvpo.records import Message, Prompt
 from bvpo.stats import Interval, difference_interval, mean_interval, share_interval
 from bvpo.strict import FieldError, UserError, read_jsonl, to_dict, write_jsonl
@@ -358,12 +359,12 @@ def test_rows_keep_their_other_fields(tmp_path: Path) -> None:
         {"id": "again", "prompt": "Two  plus two?\n", "reference": "4"},
         {"prompt": "No name?", "reference": None},
     )
-    found = read_prompts(text, tmp_path)
+    found = read_prompts(text, Experiment(tmp_path))
     assert found.prompts[0].id == "7" and len(found.prompts[1].id) == 16
     assert [prompt.meta for prompt in found.prompts] == [{"reference": "4", "level": 1}, {"reference": None}]
     assert (found.repeated, found.trained_on) == (1, 0)
-    assert len(read_prompts(text, tmp_path, limit=1).prompts) == 1
-    named = read_prompts(f"{text}?id=level&column=prompt", tmp_path, limit=1).prompts[0]
+    assert len(read_prompts(text, Experiment(tmp_path), limit=1).prompts) == 1
+    named = read_prompts(f"{text}?id=level&column=prompt", Experiment(tmp_path), limit=1).prompts[0]
     assert named.id == "1" and named.meta == {"id": 7, "reference": "4"}
 
 
@@ -374,14 +375,14 @@ def test_a_split_of_the_experiments_own(tmp_path: Path) -> None:
         for name, split in (("a", "train"), ("b", "test"), ("c", "test"))
     ]
     write_jsonl(tmp_path / "prompts.jsonl", own)
-    assert [prompt.id for prompt in read_prompts("split:test", tmp_path).prompts] == ["b", "c"]
-    assert read_prompts("split:test", tmp_path).prompts[0].meta == {"n": "b"}
+    assert [prompt.id for prompt in read_prompts("split:test", Experiment(tmp_path)).prompts] == ["b", "c"]
+    assert read_prompts("split:test", Experiment(tmp_path)).prompts[0].meta == {"n": "b"}
     text = lines(tmp_path / "b.jsonl", {"prompt": "a?"}, {"prompt": "b?"})
-    assert read_prompts(text, tmp_path).trained_on == 1
+    assert read_prompts(text, Experiment(tmp_path)).trained_on == 1
     with pytest.raises(UserError, match="no prompt is in split 'tset'; did you mean 'test'"):
-        read_prompts("split:tset", tmp_path)
+        read_prompts("split:tset", Experiment(tmp_path))
     with pytest.raises(UserError, match="make the experiment's prompts first"):
-        read_prompts("split:test", tmp_path / "elsewhere")
+        read_prompts("split:test", Experiment(tmp_path / "elsewhere"))
 
 
 @pytest.mark.parametrize(
@@ -397,7 +398,7 @@ def test_a_split_of_the_experiments_own(tmp_path: Path) -> None:
 def test_rows_that_are_no_prompts(tmp_path: Path, rows: list[dict[str, Any]], said: str) -> None:
     """Mutation: bad rows of a benchmark dropped in silence."""
     with pytest.raises(UserError, match=re.escape(said)):
-        read_prompts(lines(tmp_path / "b.jsonl", *rows), tmp_path)
+        read_prompts(lines(tmp_path / "b.jsonl", *rows), Experiment(tmp_path))
 
 
 def test_verdicts_read_back(tmp_path: Path) -> None:
