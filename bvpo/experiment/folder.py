@@ -152,7 +152,9 @@ class Experiment:
             settings = stages[name].get("config", {}).get("evaluate", {}) if is_evaluation(name) else {"model": "none"}
             if not settings.get("model"):
                 return name.partition(" ")[2] or "eval"
-        with suppress(OSError, ValueError, AttributeError):
+        if "evaluate" in stages:
+            return "eval"  # of models from elsewhere too, the plain name is the one that others are compared with
+        with suppress(OSError, ValueError, AttributeError, KeyError):
             return str(tomllib.loads(self.config_file.read_text(encoding="utf-8"))["evaluate"].get("folder", "eval"))
         return "eval"
 
