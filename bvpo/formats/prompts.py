@@ -134,7 +134,8 @@ def _limited_processor_time() -> Iterator[None]:
         )
 
     before = signal.signal(signal.SIGPROF, over)
-    signal.setitimer(signal.ITIMER_PROF, MAX_TEMPLATE_SECONDS)
+    # again every second: Jinja takes whatever is raised while it folds a constant for "no constant", and goes on
+    signal.setitimer(signal.ITIMER_PROF, MAX_TEMPLATE_SECONDS, 1.0)
     try:
         yield
     finally:

@@ -599,6 +599,16 @@ def test_broken_templates_end_in_one_line(template: str, cause: str, monkeypatch
                     ask(call)
 
 
+@pytest.mark.parametrize("template", ["{% set x = 7 ** (7 ** 12) %}", "{{ lipsum(n=100000000) }}"])
+def test_what_takes_for_ever_without_a_line_of_its_own(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power that Jinja folds when it compiles, and a loop in a library. Mutation: only lines of the template counted, or
+    one alarm alone, which the folding swallows."""
+    monkeypatch.setattr("bvpo.formats.prompts.MAX_TEMPLATE_STEPS", 20_000)
+    monkeypatch.setattr("bvpo.formats.prompts.MAX_TEMPLATE_SECONDS", 0.5)
+    with pytest.raises(UserError, match="does not come to an end"):
+        detect_format(build_tokenizer(replace(FAMILIES["qwen3"], template=template)))
+
+
 def test_rendering_gives_the_tracer_back() -> None:
     """Mutation: a debugger or coverage tool that is lost after the first prompt."""
     outer = sys.gettrace()
