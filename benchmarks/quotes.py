@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from benchmarks.tables import AWAITED, RESULTS, NoResults, newest
+from benchmarks.tables import AWAITED, PARTS, RESULTS, NoResults, newest
 
 MARK = re.compile(r"<!-- from: (.*?) -->", re.DOTALL)
 FIXED = re.compile(r"<!-- fixed: (.*?) -->", re.DOTALL)
@@ -196,9 +196,10 @@ def faults(name: str, text: str) -> Iterator[str]:
     """One line for each number of a page that its source does not have, and each decimal without a source."""
     fixed = {word.strip() for match in FIXED.finditer(text) for word in match[1].split(",")}
     for match in DATED.finditer(text):
-        if match[0] != (there := newest(match[1])["file"]):
+        there = [newest(match[1], part)["file"] for part in PARTS.get(match[1], ("",))]
+        if match[0] not in there:
             line = text.count("\n", 0, match.start()) + 1
-            yield f"{name}:{line}: {match[0]} is named, and the numbers come from {there}"
+            yield f"{name}:{line}: {match[0]} is named, and the numbers come from {' and '.join(there)}"
     shown = blank(text)
     sourced: list[tuple[int, int, str]] = [*rows_with_sources(text)]
     for match in MARK.finditer(shown):

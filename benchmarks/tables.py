@@ -34,6 +34,10 @@ class NoResults(Exception):
         self.kind = kind
 
 
+PARTS = {"kill": ("records_per_round", "rounds_that_differ")}
+"""Kinds whose files may hold a part of what is measured: a word that each part has."""
+
+
 @cache
 def newest(kind: str, having: str = "") -> dict[str, Any]:
     """The newest file of a kind (that mentions ``having``, where a run may be of parts), and its name as ``file``."""
@@ -164,7 +168,7 @@ def sampling_parts() -> str:
 
 
 def kills() -> str:
-    record = newest("kill", having="records_per_round")
+    record = newest("kill", having=PARTS["kill"][0])
     rows = []
     for name, row in record["campaigns"].items():
         if "records_per_round" not in row:  # training has none

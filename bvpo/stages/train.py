@@ -65,7 +65,7 @@ class _Stop:
 
     def __call__(self, number: int, frame: Any) -> None:
         name = signal.Signals(number).name
-        takes_steps = self.trainer is not None and self.trainer.takes_steps
+        takes_steps = getattr(self.trainer, "takes_steps", False)
         if takes_steps and self.number and number != self.number:
             return
         if takes_steps and not self.number:
