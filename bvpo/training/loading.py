@@ -117,6 +117,9 @@ def check_precision(model: nn.Module, args: BVPOConfig) -> None:
         )
     if not trainable:
         raise UserError("model: no parameter requires a gradient")
+    # After one forward pass in evaluation mode bitsandbytes runs an inference kernel there, which has no gradient.
+    if args.device.type == "cpu" and any(type(module).__name__ == "Linear4bit" for module in model.modules()):
+        raise UserError("model: a 4-bit base on a CPU does not carry gradients; load it unquantised, or train on a GPU")
     if args.backward == "sequence":
         from bvpo.training.dropout import has_dropout
 
