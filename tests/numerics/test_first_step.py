@@ -208,7 +208,7 @@ def margin(model: Any, other: Any, quad: Any, v: int) -> float:
 
 
 def test_a_4_bit_base_on_a_cpu_is_refused(tmp_path):
-    """Adapters of its last layers would still have a gradient, and others a wrong one: no zero gives it away. With a stand-in
+    """Adapters of its last layers would still have a gradient, and others a wrong one: no zero gives it away. A stand-in
     for bitsandbytes' class. Mutation: only a gradient of exactly zero is refused."""
 
     class Linear4bit(torch.nn.Linear):
