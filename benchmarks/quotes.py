@@ -199,7 +199,7 @@ def faults(name: str, text: str) -> Iterator[str]:
     for match in DATED.finditer(blank(text, GENERATED)):
         if match[0] != (there := newest(match[1])["file"]):
             line = text.count("\n", 0, match.start()) + 1
-            yield f"{name}:{line}: {match[0]} is named, and the numbers come from {there}"
+            yield f"{name}:{line}: {match[0]} is named, and the numbers come from {' and '.join(there)}"
     shown = blank(text)
     sourced: list[tuple[int, int, str]] = [*rows_with_sources(text)]
     for match in MARK.finditer(shown):

@@ -113,6 +113,9 @@ def check_precision(model: nn.Module, args: BVPOConfig) -> None:
         )
     if not trainable:
         raise UserError("model: no parameter requires a gradient")
+    # After one forward pass in evaluation mode bitsandbytes runs an inference kernel there, which has no gradient.
+    if args.device.type == "cpu" and any(type(module).__name__ == "Linear4bit" for module in model.modules()):
+        raise UserError("model: a 4-bit base on a CPU does not carry gradients; load it unquantised, or train on a GPU")
     if args.backward == "sequence" and has_dropout(model):
         raise UserError("backward: 'sequence' runs each forward twice and needs dropout 0")
 

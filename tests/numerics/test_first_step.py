@@ -218,3 +218,16 @@ def margin(model: Any, other: Any, quad: Any, v: int) -> float:
         sums = [table.gather(1, ids[0, 1:, None])[start - 1 :].sum() for table in logps]
         ratios.append(float(sums[0] - sums[1]))
     return ratios[0] - ratios[1]
+
+
+def test_a_4_bit_base_on_a_cpu_is_refused(tmp_path):
+    """Adapters of its last layers would still have a gradient, and others a wrong one: no zero gives it away. A stand-in
+    for bitsandbytes' class. Mutation: only a gradient of exactly zero is refused."""
+
+    class Linear4bit(torch.nn.Linear):
+        pass
+
+    model = tiny_causal_lm("qwen2", seed=2, dtype=torch.float32)
+    model.model.layers[0].mlp.down_proj.__class__ = Linear4bit
+    with pytest.raises(UserError, match="4-bit base on a CPU"):
+        make_trainer(tmp_path, model, random_quads(3, seed=1))

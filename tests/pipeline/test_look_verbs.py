@@ -512,7 +512,7 @@ def test_analyze_counts_the_forced_marker(copied: Path, whole: Experiment, out: 
     assert notes == 1 and "forced closing marker counts" not in out("analyze", copied, "--resamples", "50", "--marker")
     found = {one["name"]: one for one in json.loads((copied / "analysis.json").read_text())["comparisons"]}
     expected = statistics.fmean(statistics.fmean(values) for values in by_prompt.values())
-    assert found["nll"]["second"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert found["nll"]["second"]["value"] == pytest.approx(expected, rel=2e-4)  # four digits are kept
 
 
 def test_analyze_is_reproducible(whole: Experiment, out: Callable[..., str]) -> None:
