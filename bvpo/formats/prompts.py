@@ -73,7 +73,7 @@ def render(
     if not messages or messages[-1].role not in ("user", "tool"):
         last = repr(messages[-1].role) if messages else "no message"
         raise UserError(f"a conversation must end with a user turn, got {last}")
-    turns = _with_switches(fmt, messages, view)
+    turns = conversation(fmt, messages, view)
     source = _without_clock(template_source(tokenizer), today)
     try:
         with stopping_endless_templates():
@@ -160,7 +160,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
 
 
-def _with_switches(fmt: ReasoningFormat, messages: Sequence[Message], view: View) -> list[dict[str, str]]:
+def conversation(fmt: ReasoningFormat, messages: Sequence[Message], view: View) -> list[dict[str, str]]:
     """The conversation with the view's system text and user suffix, for families that switch by text."""
     turns = [{"role": m.role, "content": m.content} for m in messages]
     if suffix := fmt.user_suffix(view):

@@ -18,7 +18,7 @@ from bvpo.engines.http.endpoints import GaveUp, Job
 from bvpo.engines.http.preflight import Ask, check_sampling, seed_bits, signature
 from bvpo.engines.http.wire import Path, Reading, Vocabulary, finish_reason, sent_seed
 from bvpo.formats import ReasoningFormat, completion_ids, end_ids, render, view_prompt
-from bvpo.formats.prompts import encode
+from bvpo.formats.prompts import conversation, encode
 from bvpo.records import Message, View
 from bvpo.strict import UserError
 from bvpo.web import BadAnswer, only_choice, parse_object, usage_count
@@ -134,22 +134,6 @@ class ChatWire:
             )
         except UserError as error:
             raise BadAnswer(str(error)) from None
-
-
-def conversation(fmt: ReasoningFormat, messages: Sequence[Message], view: View) -> list[dict[str, str]]:
-    """The turns to send: families that switch the trace by text get their system text and user suffix, as in ``render``."""
-    turns = [{"role": m.role, "content": m.content} for m in messages]
-    if suffix := fmt.user_suffix(view):
-        last = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=None)
-        if last is None:
-            raise UserError(f"format {fmt.name!r} switches the trace in the user's turn, but there is none")
-        turns[last]["content"] += suffix
-    if system := fmt.system(view):
-        if turns[0]["role"] == "system":
-            turns[0]["content"] = f"{system}\n\n{turns[0]['content']}"
-        else:
-            turns.insert(0, {"role": "system", "content": system})
-    return turns
 
 
 def message_parts(choice: dict[str, Any]) -> tuple[str | None, str | None]:
